@@ -1,0 +1,2717 @@
+"""The promises that notiflux makes, each seen through a real socket where there is one.
+
+The law of this file:
+- Loopback only, port 0, and a deadline for everything that waits (WAIT_S).
+- No sleep as synchronisation: a test waits for the event, or for a round trip behind it.
+- A client closes first, unless the test is about the server closing.
+- After each test that used a server: no connection, no topic, no task of its own is left.
+- No file holds a key: they are made when the tests run. Random cases print their seed.
+- Tables are (name, input, expected); the rows' ids are those of the project's list of faults.
+
+The order is that of the rooms in notiflux.py, then end to end, then the house's own rules.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import base64
+import contextlib
+import datetime
+import hmac
+import http.client
+import json
+import logging
+import os
+import random
+import re
+import select
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jwt
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa, utils
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
+from websockets.sync.client import connect
+
+import notiflux
+
+ROOT = Path(__file__).parent
+SOURCE = (ROOT / "notiflux.py").read_text()
+WAIT_S = 10
+PEM = serialization.Encoding.PEM
+SPKI = serialization.PublicFormat.SubjectPublicKeyInfo
+KEY = ec.generate_private_key(ec.SECP256R1())
+OTHER_KEY = ec.generate_private_key(ec.SECP256R1())
+
+
+# --- Helpers ---
+
+
+def public_pem(key):
+    return (key if hasattr(key, "verify") else key.public_key()).public_bytes(PEM, SPKI)
+
+
+def private_pem(key):
+    return key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
+def b64(data):
+    return base64.b64encode(data).decode()
+
+
+def b64url(data):
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def dump(value):
+    return value if isinstance(value, bytes) else json.dumps(value).encode()
+
+
+def es256(signed, key=KEY):
+    """Sign as ES256 does (RFC 7518 section 3.4), without PyJWT."""
+    r, s = utils.decode_dss_signature(key.sign(signed.encode(), ec.ECDSA(hashes.SHA256())))
+    return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+
+def sign(header, payload, signer=es256):
+    """Return a token with any header and payload: dicts, or bytes as they are."""
+    signed = f"{b64url(dump(header))}.{b64url(dump(payload))}"
+    return f"{signed}.{b64url(signer(signed))}"
+
+
+def claims(**changes):
+    """Return good claims for a subscriber of `news`, with changes; ... leaves a claim out."""
+    good = {"sub": "test", "exp": int(time.time()) + 600, "topics": ["news"], "scope": "subscribe"}
+    return {name: value for name, value in (good | changes).items() if value is not ...}
+
+
+def make_token(header=None, key=KEY, **changes):
+    return sign(
+        {"alg": "ES256", "typ": "JWT"} | (header or {}),
+        claims(**changes),
+        lambda signed: es256(signed, key),
+    )
+
+
+def broadcast_body(message="hello", **changes):
+    body = {"topic": "news", "message": message, "token": make_token(scope="broadcast")} | changes
+    return json.dumps({name: value for name, value in body.items() if value is not ...}).encode()
+
+
+def post(body, *headers, target="/broadcast", version="1.1", length=True):
+    lines = [f"POST {target} HTTP/{version}", "Host: h", *headers]
+    if length:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def chunked(*chunks, end=b"0\r\n\r\n"):
+    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks) + end
+
+
+def get(target="/health", *headers, method="GET", version="1.1", host="Host: h"):
+    lines = [f"{method} {target} HTTP/{version}", *([host] if host else []), *headers]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+
+def wait_for(condition):
+    """Wait until `condition()` is true, at most WAIT_S."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+class Answer:
+    """One HTTP answer, as far as the tests look at it."""
+
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def error(self):
+        return json.loads(self.body)["error"]
+
+
+def parse_answers(data, methods=()):
+    """Split what a server sent into answers; fail for anything that is none."""
+    answers = []
+    while data:
+        head, separator, data = data.partition(b"\r\n\r\n")
+        lines = head.decode("latin-1").split("\r\n")
+        assert separator, head
+        match = re.fullmatch(r"HTTP/1\.1 ([1-5][0-9][0-9]) [A-Za-z -]+", lines[0])
+        assert match, lines[0]
+        headers = {}
+        for line in lines[1:]:
+            name, _, value = line.partition(": ")
+            headers[name.lower()] = value
+        method = methods[len(answers)] if len(answers) < len(methods) else "GET"
+        size = 0 if method == "HEAD" else int(headers.get("content-length", "0"))
+        assert len(data) >= size, "a body that ends early"
+        answers.append(Answer(int(match[1]), headers, data[:size]))
+        data = data[size:]
+    return answers
+
+
+class Server:
+    """A daemon in a thread of its own. `call` runs a function in its loop."""
+
+    def __init__(self, **changes):
+        environment = {"PORT": "0", "JWT_PUBLIC_KEY_B64": b64(public_pem(KEY))}
+        self.settings = notiflux.Settings.from_environment(environment | changes)
+        self._listening = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+        assert self._listening.wait(WAIT_S), "the server did not start"
+
+    async def _run(self):
+        self.loop = asyncio.get_running_loop()
+        self.daemon = notiflux.Daemon(self.settings)
+        await self.daemon.run(self._started)
+
+    def _started(self, urls):
+        self.url = urls[0]
+        self.port = int(urls[0].rpartition(":")[2]) if "unix" not in urls[0] else None
+        self._listening.set()
+
+    def call(self, function, *arguments):
+        async def run():
+            return function(*arguments)
+
+        return asyncio.run_coroutine_threadsafe(run(), self.loop).result(WAIT_S)
+
+    def stop(self):
+        self.loop.call_soon_threadsafe(self.daemon.stop)
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive(), "the server did not stop"
+
+    def check_empty(self):
+        """Fail unless nothing of any connection is left behind."""
+        wait_for(lambda: not self.daemon.connections)
+        assert not self.daemon.hub.topics
+        tasks = {task.get_coro().__qualname__ for task in self.call(asyncio.all_tasks)}
+        assert tasks <= {"Server._run", "Server.call.<locals>.run"}, tasks
+
+    def connect(self):
+        client = socket.create_connection(("127.0.0.1", self.port), WAIT_S)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return client
+
+    def exchange(self, *pieces):
+        """Send the pieces, close our side, and return all that comes back."""
+        with self.connect() as client:
+            try:
+                for piece in pieces:
+                    client.sendall(piece)
+                client.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # answered and closed before all was sent
+            return receive_all(client)
+
+    def ask(self, *pieces, methods=()):
+        return parse_answers(self.exchange(*pieces), methods)
+
+    def publish(self, **changes):
+        (answer,) = self.ask(post(broadcast_body(**changes)))
+        return answer
+
+    @contextlib.contextmanager
+    def subscriber(self, mode="plain", topics=(), **options):
+        """A WebSocket client that nobody here wrote, subscribed to `topics`."""
+        subprotocols = ["notiflux.v1"] if mode == "json" else None
+        with connect(
+            f"ws://127.0.0.1:{self.port}/ws",
+            subprotocols=subprotocols,
+            open_timeout=WAIT_S,
+            **options,
+        ) as client:
+            client.mode = mode
+            if mode == "json":
+                client.opened = event(client)
+            for topic in topics:
+                client.send(f"/subscribe {topic} {make_token(topics=list(topics))}")
+                if mode == "json":
+                    assert event(client)["event"] == "subscribed"
+            settle(client)
+            yield client
+
+
+def receive_all(client):
+    data = b""
+    while chunk := receive(client):
+        data += chunk
+    return data
+
+
+def receive(client):
+    try:
+        return client.recv(65536)
+    except ConnectionResetError:
+        return b""
+
+
+def event(client):
+    return json.loads(client.recv(timeout=WAIT_S))
+
+
+def settle(client):
+    """Wait until the server has obeyed all that was sent: its answer to a ping is behind that.
+
+    The library answers a ping when it reads it, the handler takes commands one loop turn later:
+    so two round trips.
+    """
+    for _ in range(2):
+        assert client.ping().wait(WAIT_S)
+
+
+def silent(client):
+    """Tell whether the server has sent nothing that was not received yet."""
+    settle(client)
+    try:
+        client.recv(timeout=0)
+    except TimeoutError:
+        return True
+    return False
+
+
+@pytest.fixture(scope="session")
+def shared_server():
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def server(shared_server):
+    """The server that most tests share; each leaves it as it found it."""
+    yield shared_server
+    shared_server.check_empty()
+
+
+@pytest.fixture
+def start():
+    """Start servers with settings of their own; each must stop in the end with nothing left."""
+    servers = []
+
+    def start_one(**changes):
+        servers.append(Server(**changes))
+        return servers[-1]
+
+    yield start_one
+    for one in servers:
+        one.stop()
+        assert not one.daemon.connections and not one.daemon.hub.topics
+
+
+@pytest.fixture
+def seed():
+    """The seed of a random test: printed, and given again with NOTIFLUX_TEST_SEED."""
+    value = int(os.environ.get("NOTIFLUX_TEST_SEED", random.randrange(2**32)))
+    print("NOTIFLUX_TEST_SEED:", value)
+    return value
+
+
+@pytest.fixture
+def lines(caplog):
+    """The log lines so far, in their final form."""
+    caplog.set_level(logging.DEBUG, logger="notiflux")
+    formatter = notiflux.LogFormatter(journal=True)
+    return lambda: [formatter.format(record) for record in caplog.records]
+
+
+# --- Errors ---
+
+JSON_REFUSED = [
+    ("J01 empty", b""),
+    ("J01 spaces", b"  "),
+    ("J01 two values", b"{}{}"),
+    ("J01 trailing text", b"{} x"),
+    ("J02 duplicate name", b'{"a": 1, "a": 2}'),
+    ("J02 duplicate inside", b'[{"a": {"b": 1, "b": 1}}]'),
+    ("J03 NaN", b"[NaN]"),
+    ("J03 Infinity", b"Infinity"),
+    ("J03 -Infinity", b"[-Infinity]"),
+    ("J03 1e400", b'{"x": 1e400}'),
+    ("J05 5,000 digits", b"1" * 5000),
+    ("J05 4,300 digits", b"1" * 4300),
+    ("J05 4,301 digits", b"1" * 4301),
+    ("J05 10**6 digits", b"-" + b"1" * 10**6),
+    ("J06 invalid UTF-8", b'"\xff"'),
+    ("J06 overlong", b'"\xc0\xaf"'),
+    ("J06 raw surrogate", b'"\xed\xa0\x80"'),
+    ("J06 UTF-16", '{"a": 1}'.encode("utf-16")),
+    ("J06 UTF-32", '{"a": 1}'.encode("utf-32-le")),
+    ("J06 BOM", b"\xef\xbb\xbf{}"),
+    ("J07 lone surrogate", rb'"\ud800"'),
+    ("J07 lone low surrogate", rb'["\uDFFF"]'),
+    ("J07 as a name", rb'{"\ud800": 1}'),
+    *((f"J04 {n} arrays", b"[" * n + b"]" * n) for n in (65, 100, 1000, 10**5)),
+    *((f"J04 {n} objects", b'{"a":' * n + b"1" + b"}" * n) for n in (65, 1000, 10**5)),
+    ("J04 900,000 arrays, unclosed", b"[" * 900_000),
+    ("a control character", b'"\x01"'),
+]
+
+
+@pytest.mark.parametrize(("name", "data"), JSON_REFUSED, ids=[row[0] for row in JSON_REFUSED])
+def test_json_is_read_strictly(name, data):
+    """What is no JSON, or would not survive being written again, raises ValueError alone."""
+    with pytest.raises(ValueError):
+        notiflux.parse_json(data)
+
+
+def test_json_within_the_bounds_is_read():
+    """Values at the bounds come through as they are."""
+    deep = b"[" * 64 + b"]" * 64
+    assert notiflux.dump_json(notiflux.parse_json(deep)).encode() == deep
+    wide = b"[" + b",".join([b"[]"] * 200) + b"]"
+    assert len(notiflux.parse_json(wide)) == 200
+    assert notiflux.parse_json(rb' {"a": ["\ud83d\ude00\u0000", -1.5e3, true, null]} ') == {
+        "a": ["\U0001f600\0", -1500.0, True, None]
+    }
+    assert notiflux.parse_json(b"9" * 308) == int("9" * 308)
+    assert notiflux.parse_json(b'"' + b"[" * 500 + b'"') == "[" * 500
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\nb\r\n", "\x1b[31m", "\u2028\u202e", "\x7f\x85", "%s %(name)s {}", "<3>", "\\", "x" * 5000],
+)
+def test_log_text_is_one_printable_line(text):
+    """Whatever a client says, its log line is one, printable, and not too long."""
+    shown = notiflux.printable(text)
+    assert shown.isprintable() and shown.isascii() and len(shown) <= 2100
+
+
+# --- Settings ---
+
+GOOD = {"JWT_PUBLIC_KEY_B64": "x"}
+BAD_SETTINGS = [
+    *(
+        ("PORT", value)
+        for value in ("-1", "65536", "abc", " ", "8080 ", "1e3", "٣", "0x50", "80.0")
+    ),
+    *(("HOST", value) for value in ("a b", "unix:relative", "unix:", "\n", "höst")),
+    *(("HISTORY_SIZE", value) for value in ("-1", "1.5", "1_000", "9" * 30)),
+    *(("HISTORY_SECONDS", value) for value in ("-1", "inf", "nan", "1e3", "")[:4]),
+    *(("PING_INTERVAL", value) for value in ("0", "0.01", "x", "99999999")),
+    *(("STOP_TIMEOUT", value) for value in ("-5", "5s")),
+    *(("MAX_CONNECTIONS", value) for value in ("0", "-1", "many")),
+    *(("MAX_TOPICS", value) for value in ("0", "x")),
+    *(("MAX_MESSAGE_BYTES", value) for value in ("0", "1M", "99999999999")),
+    ("MAX_BUFFER_BYTES", "1048575"),
+    *(("ALLOWED_ORIGINS", value) for value in ("*", "example.org", "https://a/", "https://a,")),
+    ("TLS_CERT_FILE", "cert.pem"),
+    ("LOG_LEVEL", "verbose"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_SETTINGS)
+def test_a_bad_setting_is_named(name, value):
+    """A bad value stops the start with one line: the variable and what was expected."""
+    with pytest.raises(notiflux.SettingsError) as caught:
+        notiflux.Settings.from_environment(GOOD | {name: value})
+    assert re.fullmatch(rf"[A-Z_, ]*{name}[A-Z_, ]*: expected [ -~]+", str(caught.value))
+
+
+def test_settings_have_defaults_and_empty_is_unset():
+    """Every setting can be left out or empty, and then has its default."""
+    unset = notiflux.Settings.from_environment({})
+    names = [field.upper() for field in notiflux.Settings.__dataclass_fields__]
+    assert notiflux.Settings.from_environment(dict.fromkeys(names, "")) == unset
+    assert (unset.host, unset.port, unset.ping_interval) == ("127.0.0.1", 8080, 15)
+    assert unset.max_connections is unset.allowed_origins is unset.tls_cert_file is None
+
+
+def test_settings_are_read():
+    """A value given is the value used."""
+    read = notiflux.Settings.from_environment(
+        {"PORT": "0", "PING_INTERVAL": "0.5", "LOG_LEVEL": "DEBUG", "HOST": "unix:/run/x.sock"}
+        | {"ALLOWED_ORIGINS": "https://A.example, http://b:81"}
+    )
+    assert (read.port, read.ping_interval, read.log_level) == (0, 0.5, "debug")
+    assert read.allowed_origins == {"https://a.example", "http://b:81"}
+
+
+def test_connections_stay_below_the_open_file_limit():
+    """MAX_CONNECTIONS beyond what files allow stops the start."""
+    settings = notiflux.Settings.from_environment(GOOD | {"MAX_CONNECTIONS": "9999999"})
+    with pytest.raises(notiflux.SettingsError, match="MAX_CONNECTIONS: expected at most"):
+        notiflux._connections_max(settings)
+
+
+# --- Keys ---
+
+
+def certificate():
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    start, end = datetime.datetime(2020, 1, 1), datetime.datetime(2040, 1, 1)
+    builder = x509.CertificateBuilder(name, name, KEY.public_key(), 1, start, end)
+    return builder.sign(KEY, hashes.SHA256()).public_bytes(PEM)
+
+
+BAD_KEYS = [
+    ("empty", lambda: b"", "what is not PEM"),
+    ("text", lambda: b"hello", "what is not PEM"),
+    ("JWK", lambda: b'{"kty": "EC", "crv": "P-256"}', "what is not PEM"),
+    (
+        "DER",
+        lambda: KEY.public_key().public_bytes(serialization.Encoding.DER, SPKI),
+        "what is not PEM",
+    ),
+    ("private", lambda: private_pem(KEY), "a private key"),
+    (
+        "private, as openssl ecparam writes it",
+        lambda: KEY.private_bytes(
+            PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        ),
+        "a private key",
+    ),
+    ("RSA", lambda: public_pem(rsa.generate_private_key(65537, 2048)), "an RSA key"),
+    ("DSA", lambda: public_pem(dsa.generate_private_key(1024)), "a DSA key"),
+    ("P-384", lambda: public_pem(ec.generate_private_key(ec.SECP384R1())), "a P-384 key"),
+    ("P-521", lambda: public_pem(ec.generate_private_key(ec.SECP521R1())), "a P-521 key"),
+    ("secp256k1", lambda: public_pem(ec.generate_private_key(ec.SECP256K1())), "a secp256k1 key"),
+    ("Ed25519", lambda: public_pem(ed25519.Ed25519PrivateKey.generate()), "an Ed25519 key"),
+    ("certificate", certificate, "a certificate"),
+    ("good and RSA", lambda: public_pem(KEY) + BAD_KEYS[6][1](), "an RSA key"),
+    (
+        "garbage in PEM",
+        lambda: b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n",
+        "no public key",
+    ),
+]
+
+
+@pytest.mark.parametrize("by_file", [False, True], ids=["B64", "FILE"])
+@pytest.mark.parametrize(("name", "pem", "found"), BAD_KEYS, ids=[row[0] for row in BAD_KEYS])
+def test_a_wrong_key_is_named(name, pem, found, by_file, tmp_path):
+    """T28: the start fails with what was found instead of a P-256 public key, and no key bytes."""
+    path = tmp_path / "key.pem"
+    path.write_bytes(pem())
+    variable = "JWT_PUBLIC_KEY_FILE" if by_file else "JWT_PUBLIC_KEY_B64"
+    value = str(path) if by_file else (b64(pem()) or "====")
+    settings = notiflux.Settings.from_environment({variable: value})
+    with pytest.raises(notiflux.SettingsError) as caught:
+        notiflux.load_keys(settings)
+    line = str(caught.value)
+    assert line.startswith(f"{variable}: expected EC P-256 public keys in PEM")
+    assert found in line or (name == "empty" and "base64" in line)
+    assert len(line) < 300 and "\n" not in line and "MF" not in line
+
+
+@pytest.mark.parametrize("path", ["missing.pem", "."], ids=["missing", "a directory"])
+def test_an_unreadable_key_file_is_named(path, tmp_path):
+    """T28: a file that cannot be read stops the start with its path and the reason."""
+    settings = notiflux.Settings.from_environment({"JWT_PUBLIC_KEY_FILE": str(tmp_path / path)})
+    with pytest.raises(
+        notiflux.SettingsError, match=r"^JWT_PUBLIC_KEY_FILE: .*(No such|directory)"
+    ):
+        notiflux.load_keys(settings)
+
+
+def test_a_huge_key_file_is_not_read_whole(tmp_path):
+    """T28: 10 MB of anything is not PEM."""
+    path = tmp_path / "key.pem"
+    path.write_bytes(b"-----BEGIN PUBLIC KEY-----\n" + b"A" * 10**7)
+    settings = notiflux.Settings.from_environment({"JWT_PUBLIC_KEY_FILE": str(path)})
+    with pytest.raises(notiflux.SettingsError, match="not PEM"):
+        notiflux.load_keys(settings)
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda pem: b64(pem),
+        lambda pem: base64.encodebytes(pem).decode(),
+        lambda pem: f"  {b64(pem)}\n",
+        lambda pem: b64(pem.replace(b"\n", b"\r\n")),
+        lambda pem: b64(b"a line of text in front\n" + pem + b"and behind"),
+    ],
+    ids=["one line", "wrapped", "spaces around", "CRLF in the PEM", "text around the PEM"],
+)
+def test_a_key_is_read_however_it_is_wrapped(encode):
+    """What base64, with or without -w0, makes of a PEM file is a key; two keys are two."""
+    pem = public_pem(KEY) + public_pem(OTHER_KEY)
+    settings = notiflux.Settings.from_environment({"JWT_PUBLIC_KEY_B64": encode(pem)})
+    assert len(notiflux.load_keys(settings)) == 2
+
+
+@pytest.mark.parametrize("given", [{}, {"JWT_PUBLIC_KEY_B64": "x", "JWT_PUBLIC_KEY_FILE": "y"}])
+def test_exactly_one_source_of_keys_is_needed(given):
+    """Neither, or both: the line names both variables."""
+    with pytest.raises(notiflux.SettingsError, match="JWT_PUBLIC_KEY_B64, JWT_PUBLIC_KEY_FILE"):
+        notiflux.load_keys(notiflux.Settings.from_environment(given))
+
+
+# --- Tokens: one table, through both doors ---
+
+NOW = int(time.time())
+DOORS = ("subscribe", "broadcast")
+
+
+def header(**changes):
+    """A row whose token has a changed header; ... leaves a member out."""
+    members = {"alg": "ES256", "typ": "JWT"} | changes
+    members = {name: value for name, value in members.items() if value is not ...}
+    return lambda scope: sign(members, claims(scope=scope))
+
+
+def changed(**changes):
+    """A row whose token has changed claims."""
+    return lambda scope: make_token(**({"scope": scope} | changes))
+
+
+def raw_claim(name, text):
+    """A row whose token has one claim with `text` as its raw JSON."""
+
+    def token(scope):
+        payload = dump(claims(scope=scope, **{name: "@"})).replace(b'"@"', text.encode())
+        return sign({"alg": "ES256"}, payload)
+
+    return token
+
+
+def raw_parts(head=b'{"alg":"ES256"}', payload=None):
+    return lambda scope: sign(
+        head, dump(claims(scope=scope)) if payload is None else payload(scope)
+    )
+
+
+def hs256(secret):
+    def token(scope):
+        return sign(
+            {"alg": "HS256"},
+            claims(scope=scope),
+            lambda signed: hmac.digest(secret, signed.encode(), "sha256"),
+        )
+
+    return token
+
+
+def other_signature(change):
+    """A row whose signature is changed: (r, s) to bytes."""
+
+    def token(scope):
+        def signer(signed):
+            raw = es256(signed)
+            return change(int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big"))
+
+        return sign({"alg": "ES256"}, claims(scope=scope), signer)
+
+    return token
+
+
+def pair(r, s):
+    return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+
+ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+
+
+def mangled(change):
+    return lambda scope: change(make_token(scope=scope))
+
+
+RSA_KEY = rsa.generate_private_key(65537, 2048)
+P384_KEY = ec.generate_private_key(ec.SECP384R1())
+P521_KEY = ec.generate_private_key(ec.SECP521R1())
+K1_KEY = ec.generate_private_key(ec.SECP256K1())
+ED_KEY = ed25519.Ed25519PrivateKey.generate()
+
+
+def library(key, algorithm):
+    return lambda scope: jwt.encode(claims(scope=scope), key, algorithm)
+
+
+TOKENS_REFUSED = [
+    *(
+        (f"T01 alg {alg!r}", header(alg=alg))
+        for alg in ("none", "NONE", "nOnE", None, "", 0, True, ["ES256"], {"a": 1}, ...)
+    ),
+    (
+        "T01 alg none, no signature",
+        lambda scope: sign({"alg": "none"}, claims(scope=scope), lambda _: b""),
+    ),
+    ("T02 HS256 with the PEM", hs256(public_pem(KEY))),
+    ("T02 HS256 with the PEM stripped", hs256(public_pem(KEY).strip())),
+    (
+        "T02 HS256 with the DER",
+        hs256(KEY.public_key().public_bytes(serialization.Encoding.DER, SPKI)),
+    ),
+    ("T03 RS256", library(RSA_KEY, "RS256")),
+    ("T03 PS256", library(RSA_KEY, "PS256")),
+    ("T03 ES384", library(P384_KEY, "ES384")),
+    ("T03 ES512", library(P521_KEY, "ES512")),
+    ("T03 ES256K", library(K1_KEY, "ES256K")),
+    ("T03 EdDSA", library(ED_KEY, "EdDSA")),
+    ("T03 es256", header(alg="es256")),
+    ("T04 another key", lambda scope: make_token(scope=scope, key=OTHER_KEY)),
+    (
+        "T04 swapped payload",
+        lambda scope: ".".join(
+            (lambda a, b: [a[0], b[1], a[2]])(
+                make_token(scope=scope).split("."), make_token(scope=scope, exp=NOW + 99).split(".")
+            )
+        ),
+    ),
+    ("T05 no signature", other_signature(lambda r, s: b"")),
+    ("T05 63 bytes", other_signature(lambda r, s: pair(r, s)[:63])),
+    ("T05 65 bytes", other_signature(lambda r, s: pair(r, s) + b"\0")),
+    ("T05 DER", other_signature(utils.encode_dss_signature)),
+    ("T05 r = 0", other_signature(lambda r, s: pair(0, s))),
+    ("T05 s = 0", other_signature(lambda r, s: pair(r, 0))),
+    ("T05 r = n", other_signature(lambda r, s: pair(ORDER, s))),
+    ("T05 s = n", other_signature(lambda r, s: pair(r, ORDER))),
+    ("T06 padding", mangled(lambda token: token + "=")),
+    ("T08 kid of 500 KiB", header(kid="k" * 500_000)),
+    ("T08 kid an integer", header(kid=7)),
+    ("T09 crit exp", header(crit=["exp"])),
+    ("T09 crit empty", header(crit=[])),
+    ("T09 b64 false", header(b64=False)),
+    ("T09 b64 false in crit", header(b64=False, crit=["b64"])),
+    (
+        "T09 detached",
+        mangled(lambda token: ".".join([token.split(".")[0], "", token.split(".")[2]])),
+    ),
+    *((f"T10 {name}", header(**{name: "x"})) for name in ("zip", "enc", "cty")),
+    ("T11 header UTF-16", raw_parts('{"alg":"ES256"}'.encode("utf-16"))),
+    ("T11 header BOM", raw_parts(b'\xef\xbb\xbf{"alg":"ES256"}')),
+    ("T11 header twice alg", raw_parts(b'{"alg":"none","alg":"ES256"}')),
+    ("T11 header array", raw_parts(b'["ES256"]')),
+    ("T11 header string", raw_parts(b'"ES256"')),
+    ("T11 header invalid UTF-8", raw_parts(b'{"alg":"ES256","x":"\xff"}')),
+    ("T11 header deep", raw_parts(b'{"alg":"ES256","x":' + b"[" * 2000 + b"]" * 2000 + b"}")),
+    (
+        "T11 payload UTF-16",
+        raw_parts(payload=lambda s: json.dumps(claims(scope=s)).encode("utf-16")),
+    ),
+    ("T11 payload BOM", raw_parts(payload=lambda s: b"\xef\xbb\xbf" + dump(claims(scope=s)))),
+    (
+        "T11 payload twice scope",
+        raw_parts(payload=lambda s: b'{"scope":"x",' + dump(claims(scope=s))[1:]),
+    ),
+    ("T11 payload array", raw_parts(payload=lambda s: b"[1]")),
+    ("T11 payload string", raw_parts(payload=lambda s: b'"x"')),
+    ("T11 payload null", raw_parts(payload=lambda s: b"null")),
+    (
+        "T11 payload invalid UTF-8",
+        raw_parts(payload=lambda s: dump(claims(scope=s))[:-1] + b',"x":"\xff"}'),
+    ),
+    ("T11 payload deep", raw_parts(payload=lambda s: b"[" * 2900 + b"]" * 2900)),
+    *(
+        (f"T12 exp {exp!r}", changed(exp=exp))
+        for exp in (..., None, True, [], {}, -1, 0, NOW - 10**6, NOW - 61)
+    ),
+    *(
+        (f"T12 exp {text}", raw_claim("exp", text))
+        for text in ("NaN", "Infinity", "-Infinity", "1e400")
+    ),
+    *(
+        (f"T13 exp {exp!r}", changed(exp=exp))
+        for exp in (
+            str(NOW + 60),
+            f" {NOW + 60}",
+            "1_0",
+            "\u0663",
+            float(NOW + 60),
+            NOW + 0.5,
+            1e308,
+        )
+    ),
+    ("T13 exp 2**53 + 1", changed(exp=2**53 + 1)),
+    ("T13 exp 10**30", changed(exp=10**30)),
+    ("T13 exp 10**400", raw_claim("exp", "1" + "0" * 400)),
+    *((f"T15 nbf {nbf!r}", changed(nbf=nbf)) for nbf in (NOW + 90, "1", None, True, 1.5, -1)),
+    ("T15 nbf inf", raw_claim("nbf", "Infinity")),
+    *((f"T16 aud {aud!r}", changed(aud=aud)) for aud in ("notiflux", None, [], "")),
+    *((f"T17 sub {sub!r}", changed(sub=sub)) for sub in (..., 1, None, ["x"])),
+    ("T17 sub surrogate", raw_claim("sub", r'"\ud800"')),
+    *(
+        (f"T18 topics {topics!r}", changed(topics=topics))
+        for topics in (..., "news", None, [1, None], [["news"]], {"news": 1}, ["news", 1], True)
+    ),
+    ("T18 prefixes a string", changed(topic_prefixes="ne")),
+    ("T18 prefixes null", changed(topic_prefixes=None)),
+    ("T18 prefixes [1]", changed(topic_prefixes=[1])),
+    ("T18 topics wrong beside prefixes", changed(topics="news", topic_prefixes=["n"])),
+    *(
+        (f"T20 scope {scope!r}", changed(scope=scope))
+        for scope in (..., 1, None, [], ["subscribe"], "subscribe broadcast", "nosubscribe")
+    ),
+    *(
+        (f"T20 scope {scope!r}", changed(scope=scope))
+        for scope in ("Subscribe", "BROADCAST", "", "s", {})
+    ),
+    ("T23 8,193 bytes", mangled(lambda token: token + "A" * (8193 - len(token)))),
+    ("T23 1 MiB less", mangled(lambda token: "A" * 10_000)),
+    ("T23 8,192 dots", lambda scope: "." * 8192),
+    ("T23 no dots", lambda scope: "abc"),
+    ("T23 two segments", mangled(lambda token: token.rpartition(".")[0])),
+    ("T23 four segments", mangled(lambda token: token + ".AAAA")),
+    ("T23 five segments", mangled(lambda token: token + ".AAAA.AAAA")),
+    ("T23 NUL", mangled(lambda token: token[:30] + "\0" + token[30:])),
+    ("T23 NUL behind", mangled(lambda token: token + "\0")),
+    ("T23 non-ASCII", mangled(lambda token: token + "é")),
+    ("T23 fullwidth", mangled(lambda token: "\uff21" + token[1:])),
+    ("T23 newline inside", mangled(lambda token: token[:40] + "\n" + token[40:])),
+    ("expire_at has passed", changed(expire_at=NOW - 1)),
+    ("expire_at a string", changed(expire_at="x")),
+]
+TOKENS_ACCEPTED = [
+    ("plain", changed()),
+    ("T06 malleated", other_signature(lambda r, s: pair(r, ORDER - s))),
+    ("T08 kid a path", header(kid="../../dev/null")),
+    ("T08 kid SQL", header(kid="' OR 1=1 --")),
+    ("T08 jku", header(jku="http://127.0.0.1:1/k", x5u="http://127.0.0.1:1/", jwk={}, x5c=["x"])),
+    ("T10 odd typ", header(typ="at+jwt")),
+    ("T10 no typ", header(typ=...)),
+    ("T14 exp 58 s ago", lambda scope: make_token(scope=scope, exp=int(time.time()) - 58)),
+    ("T15 nbf in 58 s", lambda scope: make_token(scope=scope, nbf=int(time.time()) + 58)),
+    ("T15 iat in the future", changed(iat=NOW + 10**6)),
+    ("T15 iat a string", changed(iat="x")),
+    ("T16 iss", changed(iss="anyone")),
+    ("T17 sub empty", changed(sub="")),
+    ("T17 sub 1 KiB", changed(sub="x" * 1024)),
+    ("T17 sub ESC", changed(sub="\x1b[31m\r\n<3>x")),
+    ("T18 duplicate topics", changed(topics=["news", "news"])),
+    ("prefixes alone", changed(topics=..., topic_prefixes=["ne"])),
+    ("any topic", changed(topics=[], topic_prefixes=[""])),
+    ("second key", lambda scope: make_token(scope=scope, key=OTHER_KEY)),
+    ("expire_at to come", changed(expire_at=NOW + 3600)),
+    ("a payload in ASCII with 8,000 bytes", changed(pad="x" * 5700)),
+]
+TOKENS_SHORT = [  # good tokens of the wrong kind: 403
+    ("T19 other topic", changed(topics=["new"])),
+    ("T19 star", changed(topics=["*"])),
+    ("T19 star behind", changed(topics=["n*"])),
+    ("T19 empty string", changed(topics=[""])),
+    ("T19 other case", changed(topics=["News"])),
+    ("T18 substring trap", changed(topics=["newsletter", "xnews"])),
+    ("no topics at all", changed(topics=[])),
+    ("prefix of another", changed(topics=[], topic_prefixes=["newsx", "x"])),
+    ("T21 the other scope", lambda scope: make_token(scope=DOORS[scope == "subscribe"])),
+]
+TOKEN_ROWS = [
+    *((name, token, "invalid_token") for name, token in TOKENS_REFUSED),
+    *((name, token, "insufficient_scope") for name, token in TOKENS_SHORT),
+    *((name, token, None) for name, token in TOKENS_ACCEPTED),
+]
+TOKEN_DETAILS = re.compile(
+    r"the token( is malformed| has expired| is not valid yet| is not signed with ES256"
+    r"|'s signature is of no key known here|'s expire_at has passed| does not grant this topic"
+    r"| is for another audience: it has a claim aud"
+    r"|'s claim (sub|exp|nbf|topics|topic_prefixes|scope|expire_at) is missing or wrong)"
+    r"|this takes a token with scope (subscribe|broadcast)"
+)
+
+
+@pytest.fixture(scope="session")
+def two_keys():
+    server = Server(JWT_PUBLIC_KEY_B64=b64(public_pem(KEY) + public_pem(OTHER_KEY)))
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "expected"), TOKEN_ROWS, ids=[ascii(row[0]) for row in TOKEN_ROWS]
+)
+def test_a_token_is_judged_alike_at_both_doors(name, token, expected, server, two_keys, lines):
+    """Table T: 401, 403 or accepted, with a detail that says which check; never logged."""
+    place = two_keys if name == "second key" else server
+    tokens = {scope: token(scope) for scope in DOORS}
+    answer = place.publish(token=tokens["broadcast"])
+    assert answer.status == {None: 200, "invalid_token": 401, "insufficient_scope": 403}[expected]
+    assert (answer.headers.get("www-authenticate") == "Bearer") == (answer.status == 401)
+    details = [json.loads(answer.body).get("detail")]
+    if tokens["subscribe"].isprintable() and 0 < len(tokens["subscribe"]) < 16_000:
+        with place.subscriber("json") as client:
+            client.send(f"/subscribe news {tokens['subscribe']}")
+            heard = event(client)
+            assert heard["event"] == "subscribed" if expected is None else "error"
+            assert heard.get("error") == expected
+            details.append(heard.get("detail"))
+    for detail in details:
+        assert detail is None if expected is None else TOKEN_DETAILS.fullmatch(detail), detail
+    for text in tokens.values():
+        pieces = [text[at : at + 16] for at in range(max(1, min(len(text), 3000) - 15))]
+        said = "\n".join([*lines(), *map(str, details)])
+        assert not any(
+            len(piece) == 16 and len(set(piece)) > 1 and piece in said for piece in pieces
+        )
+
+
+def test_a_flipped_bit_anywhere_makes_a_token_bad():
+    """T04: every character of a token counts."""
+    verifier = notiflux.TokenVerifier([KEY.public_key()])
+    token = make_token()
+    verifier.verify(token)
+    for at, character in enumerate(token):
+        for bit in (1, 32):
+            bad = token[:at] + chr(ord(character) ^ bit) + token[at + 1 :]
+            # The last character of a signature has four bits that mean nothing (T06).
+            if at < len(token) - 1:
+                with pytest.raises(notiflux.Refusal):
+                    verifier.verify(bad)
+
+
+def test_a_remembered_token_is_still_checked_for_time():
+    """A token that was good is refused once it has expired, remembered or not."""
+    now = [1000.0]
+    verifier = notiflux.TokenVerifier([KEY.public_key()], clock=lambda: now[0])
+    token = make_token(exp=2000, nbf=1000)
+    verifier.verify(token)
+    for when, why in ((2059.9, None), (2060, "expired"), (939, "not valid yet"), (940, None)):
+        now[0] = when
+        if why is None:
+            verifier.verify(token)
+        else:
+            with pytest.raises(notiflux.Refusal, match=why):
+                verifier.verify(token)
+
+
+def test_the_memory_of_tokens_is_bounded_and_holds_good_ones_only(monkeypatch):
+    """Refused tokens are not remembered; the oldest goes when there are too many."""
+    monkeypatch.setattr(notiflux, "TOKENS_REMEMBERED", 3)
+    verifier = notiflux.TokenVerifier([KEY.public_key()])
+    with pytest.raises(notiflux.Refusal):
+        verifier.verify(make_token(key=OTHER_KEY))
+    assert not verifier._verified
+    tokens = [make_token(jti=str(number)) for number in range(5)]
+    for token in tokens:
+        verifier.verify(token)
+    assert list(verifier._verified) == tokens[2:]
+
+
+def test_new_keys_end_the_trust_in_old_tokens():
+    """T29: after a change of keys a remembered token of the old key is refused."""
+    verifier = notiflux.TokenVerifier([KEY.public_key()])
+    token = make_token()
+    verifier.verify(token)
+    verifier.replace_keys([OTHER_KEY.public_key()])
+    with pytest.raises(notiflux.Refusal, match="no key known"):
+        verifier.verify(token)
+    verifier.verify(make_token(key=OTHER_KEY))
+
+
+# --- Hub ---
+
+
+class Listener:
+    """A subscriber that is a list, for the hub's own tests."""
+
+    def __init__(self):
+        self.topics = set()
+        self.heard = []
+
+    def deliver(self, message):
+        self.heard.append((message.topic, message.id, message.value))
+        return True
+
+
+def test_the_hub_agrees_with_a_model(seed):
+    """Random joins, leaves and broadcasts: everyone hears exactly what a simple model says."""
+    chance = random.Random(seed)
+    hub = notiflux.Hub(notiflux.History())
+    listeners = [Listener() for _ in range(8)]
+    model = {listener: set() for listener in listeners}
+    expected = {listener: [] for listener in listeners}
+    for step in range(3000):
+        listener, topic = chance.choice(listeners), f"t{chance.randrange(5)}"
+        match chance.randrange(6):
+            case 0 | 1:
+                hub.subscribe(listener, topic)
+                model[listener].add(topic)
+            case 2:
+                hub.unsubscribe(listener, topic)
+                model[listener].discard(topic)
+            case 3 if chance.random() < 0.2:
+                assert hub.leave(listener) == sorted(model[listener])
+                model[listener].clear()
+            case _:
+                topics = list(dict.fromkeys([topic, f"t{chance.randrange(5)}"]))
+                last, delivered = hub.broadcast(topics, step)
+                epoch, _, seq = last.partition("-")
+                assert delivered == sum(t in model[one] for t in topics for one in listeners)
+                for back, each in enumerate(reversed(topics)):
+                    for one in listeners:
+                        if each in model[one]:
+                            expected[one].append((each, f"{epoch}-{int(seq) - back}", step))
+        topics = {t for one in listeners for t in model[one]}
+        assert hub.topics == {t: {one for one in listeners if t in model[one]} for t in topics}
+        assert all(one.topics == model[one] for one in listeners)
+    for one in listeners:
+        assert sorted(one.heard) == sorted(expected[one])
+        assert [int(i.partition("-")[2]) for _, i, _ in one.heard] == sorted(
+            int(i.partition("-")[2]) for _, i, _ in one.heard
+        )
+
+
+# --- Subscribers: plain mode ---
+
+UNKNOWN = "Unknown command"
+INVALID = "Invalid subscribe command, it should be: /subscribe <topic> <token>"
+PLAIN_COMMANDS = [  # what is sent, what is answered; None is silence
+    ("/subscribe", UNKNOWN),
+    ("/subscribe ", UNKNOWN),
+    ("/subscribe news", INVALID),
+    ("/subscribe news a b c", INVALID),
+    ("/subscribe  news TOKEN", INVALID),
+    ("/subscribe news  TOKEN", INVALID),
+    ("/subscribe\tnews TOKEN", UNKNOWN),
+    ("/subscribe\u00a0news TOKEN", UNKNOWN),
+    ("/Subscribe news TOKEN", UNKNOWN),
+    ("/unsubscribe", UNKNOWN),
+    ("/unsubscribe news", None),
+    ("/unsubscribe two words", None),
+    ("/unsubscribe-all", None),
+    ("/unsubscribe-all news", UNKNOWN),
+    ("/", UNKNOWN),
+    ("/foo", UNKNOWN),
+    ("//", UNKNOWN),
+    ("", None),
+    ("hello", None),
+    ("subscribe news TOKEN", None),
+    (" \t/foo\r\n", UNKNOWN),
+    ("/subscribe news TOKEN", None),
+    ("/subscribe news TOKEN\r\n", None),
+    ("\u2003/subscribe news TOKEN ", None),
+    ("/subscribe news TOKEN latest", None),
+    ("/subscribe news TOKEN all", None),
+    ("/subscribe news TOKEN 0a-7", None),
+    (
+        "/subscribe news TOKEN soon",
+        "Not allowed to subscribe to news: since is an id, latest or all",
+    ),
+    ("/subscribe news x", "Not allowed to subscribe to news: the token is malformed"),
+    (
+        "/subscribe größe TOKEN",
+        "Not allowed to subscribe to größe: the token does not grant this topic",
+    ),
+    (
+        "/subscribe a\nb TOKEN",
+        r"Not allowed to subscribe to a\nb: a topic has no control characters",
+    ),
+    (
+        "/subscribe a\x85b TOKEN",
+        r"Not allowed to subscribe to a\x85b: a topic has no control characters",
+    ),
+    (
+        f"/subscribe {'x' * 513} TOKEN",
+        f"Not allowed to subscribe to {'x' * 64}...: a topic is 1 to 512 bytes long",
+    ),
+    (
+        f"/subscribe {'é' * 257} TOKEN",
+        f"Not allowed to subscribe to {'é' * 257}: a topic is 1 to 512 bytes long",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"), PLAIN_COMMANDS, ids=[ascii(row[0])[:40] for row in PLAIN_COMMANDS]
+)
+def test_a_plain_command_is_answered_to_the_byte(text, answer, server):
+    """W02: one grammar, the Rust program's texts, and silence where it was silent."""
+    with server.subscriber() as client:
+        client.send(text.replace("TOKEN", make_token()))
+        if answer is not None:
+            assert client.recv(timeout=WAIT_S) == answer
+        assert silent(client)
+
+
+def test_a_plain_subscriber_gets_the_bare_message(server):
+    """The text of the message is all that a plain subscriber gets, byte for byte."""
+    texts = ["hello", "", "/subscribe news x", "\U0001f600\0\u2028\u202e\r\n", "Unknown command"]
+    with server.subscriber(topics=["news"]) as client:
+        for text in texts:
+            assert json.loads(server.publish(message=text).body)["delivered"] == 1
+            assert client.recv(timeout=WAIT_S) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1, "1"), (None, "null"), (True, "true"), (1.5, "1.5"), ({"a": ["é", {}]}, '{"a":["é",{}]}')],
+)
+def test_another_value_is_delivered_as_its_compact_json(value, text, server):
+    """A message that is no string arrives as JSON text in plain mode, as itself in JSON mode."""
+    with server.subscriber(topics=["news"]) as plain, server.subscriber("json", ["news"]) as client:
+        server.publish(message=value)
+        assert plain.recv(timeout=WAIT_S) == text
+        assert event(client)["message"] == value
+
+
+def test_unsubscribing_ends_the_messages(server):
+    """After /unsubscribe nothing more comes of that topic; /unsubscribe-all ends the rest."""
+    token = make_token(topics=["a", "b", "c"])
+    publisher = make_token(topics=["a", "b", "c"], scope="broadcast")
+    with server.subscriber() as client:
+        for topic in "abc":
+            client.send(f"/subscribe {topic} {token}")
+        client.send("/unsubscribe a")
+        client.send("/unsubscribe a")
+        settle(client)
+        heard = [
+            json.loads(server.publish(topic=t, token=publisher).body)["delivered"] for t in "abc"
+        ]
+        assert heard == [0, 1, 1]
+        client.send("/unsubscribe-all")
+        client.send("/unsubscribe-all")
+        settle(client)
+        assert server.publish(topic="b", token=publisher).body.endswith(b'"delivered": 0}\n')
+        assert [client.recv(timeout=WAIT_S), client.recv(timeout=WAIT_S)] == ["hello"] * 2
+        assert silent(client)
+
+
+def test_one_subscription_one_copy(server):
+    """W18: subscribing twice to a topic delivers each message once."""
+    with server.subscriber(topics=["news", "news"]) as client:
+        assert json.loads(server.publish().body)["delivered"] == 1
+        assert client.recv(timeout=WAIT_S) == "hello"
+        assert silent(client)
+
+
+def test_binary_messages_are_ignored(server):
+    """W04: a command in a binary message has no effect and no answer."""
+    with server.subscriber() as client:
+        client.send(f"/subscribe news {make_token()}".encode())
+        client.send(b"/foo")
+        assert silent(client)
+        assert json.loads(server.publish().body)["delivered"] == 0
+
+
+def test_a_command_in_fragments_is_a_command(server):
+    """W05: fragments, with a ping between them, make one command."""
+    with server.subscriber() as client:
+        client.send(iter(["/subscribe ", "news ", make_token()]))
+        settle(client)
+        assert json.loads(server.publish().body)["delivered"] == 1
+
+
+@pytest.mark.parametrize("mode", ["plain", "json"])
+def test_too_many_refused_commands_close_with_1008(mode, server, lines):
+    """After 16 refused commands the connection is closed, each was answered and logged once."""
+    with server.subscriber(mode) as client:
+        with contextlib.suppress(ConnectionClosed):
+            for number in range(30):
+                client.send("/foo" if number % 2 else "/subscribe news bad")
+        answers = []
+        with pytest.raises(ConnectionClosed) as caught:
+            while True:
+                answers.append(client.recv(timeout=WAIT_S))
+    assert (len(answers), caught.value.rcvd.code) == (16, 1008)
+    refused = [line for line in lines() if " op=" in line]
+    assert len(refused) == 16
+    assert re.fullmatch(
+        r'<6>refused peer=127\.0\.0\.1:\d+ op=subscribe why=invalid_token detail="[a-z ]+"',
+        refused[0],
+    )
+    assert re.fullmatch(
+        r'<6>refused peer=127\.0\.0\.1:\d+ op=command why=invalid_request detail="[A-Za-z ]+"',
+        refused[1],
+    )
+
+
+def test_a_command_that_is_too_long_closes_with_1009(server):
+    """W06: more than 16 KiB is refused by the frame's header, whether or not the rest comes."""
+    with server.subscriber() as client:
+        client.send("/subscribe news " + "x" * 17_000)
+        with pytest.raises(ConnectionClosed) as caught:
+            client.recv(timeout=WAIT_S)
+    assert caught.value.rcvd.code == 1009
+
+
+def test_a_connection_has_only_so_many_topics(start):
+    """MAX_TOPICS topics, the next is refused; the ones it has can be had again."""
+    server = start(MAX_TOPICS="2")
+    token = make_token(topics=["a", "b", "c"])
+    with server.subscriber("json") as client:
+        for topic in "abca":
+            client.send(f"/subscribe {topic} {token}")
+        events = [event(client) for _ in range(4)]
+    assert [e["event"] for e in events] == ["subscribed", "subscribed", "error", "subscribed"]
+    assert (events[2]["error"], events[2]["topic"]) == ("forbidden", "c")
+
+
+# --- Subscribers: JSON mode ---
+
+
+def test_json_mode_speaks_in_events(server):
+    """open, subscribed, message, unsubscribed, error: their fields are those of the contract."""
+    with server.subscriber("json") as client:
+        assert client.subprotocol == "notiflux.v1"
+        assert client.opened == {"event": "open", "id": client.opened["id"], "keepalive": 15}
+        position = client.opened["id"]
+        assert re.fullmatch(r"[0-9a-f]{8}-[0-9]+", position)
+        client.send(f"/subscribe news {make_token()}")
+        subscribed = {"event": "subscribed", "topic": "news", "id": position, "replayed": 0}
+        assert event(client) == subscribed
+        client.send(f"/subscribe news {make_token()} {position}")
+        assert event(client) == subscribed | {"recovered": True}
+        before = time.time_ns() // 10**6
+        answer = json.loads(server.publish(message={"a": 1}).body)
+        message = event(client)
+        assert before <= message.pop("time") <= time.time_ns() // 10**6
+        assert message == {
+            "event": "message",
+            "topic": "news",
+            "id": answer["id"],
+            "message": {"a": 1},
+        }
+        client.send(f"/subscribe news {make_token()} {position}")
+        assert event(client)["recovered"] is False
+        client.send(f"/subscribe news {make_token()} all")
+        assert "recovered" not in event(client)
+        client.send("/unsubscribe other")
+        assert event(client) == {"event": "unsubscribed", "topics": ["other"]}
+        client.send("/unsubscribe-all")
+        assert event(client) == {"event": "unsubscribed", "topics": ["news"]}
+        client.send("/unsubscribe-all")
+        assert event(client) == {"event": "unsubscribed", "topics": []}
+        for command, word, topic in (("/subscribe x", "/subscribe", None), ("/bar x", None, None)):
+            client.send(command)
+            error = event(client)
+            assert error.pop("detail") in (INVALID, UNKNOWN)
+            assert error == {
+                "event": "error",
+                "error": "invalid_request",
+                "command": word,
+                "topic": topic,
+            }
+        client.send(f"/subscribe other {make_token()}")
+        assert event(client) == {
+            "event": "error",
+            "error": "insufficient_scope",
+            "detail": "the token does not grant this topic",
+            "command": "/subscribe",
+            "topic": "other",
+        }
+
+
+def test_ids_count_up_over_all_topics(server):
+    """Ids order messages across topics; a broadcast to several is one message on each."""
+    token = make_token(scope="broadcast", topics=["a", "b"])
+    with server.subscriber("json", ["a", "b"]) as client:
+        answers = [
+            json.loads(server.publish(topic=..., topics=["a", "b", "a"], token=token).body),
+            json.loads(server.publish(topic="b", token=token).body),
+        ]
+        heard = [event(client) for _ in range(3)]
+    assert [answer["delivered"] for answer in answers] == [2, 1]
+    assert [message["topic"] for message in heard] == ["a", "b", "b"]
+    assert [heard[1]["id"], heard[2]["id"]] == [answer["id"] for answer in answers]
+    numbers = [int(message["id"].partition("-")[2]) for message in heard]
+    assert numbers == list(range(numbers[0], numbers[0] + 3))
+
+
+def test_a_message_is_never_taken_for_an_event(server):
+    """J13: a message that looks like an event is one string inside of one event."""
+    texts = ['{"event":"open"}', "/unsubscribe-all", "a\r\nb\u2028c", 'data: x\n\n"']
+    with server.subscriber("json", ["news"]) as client:
+        for text in texts:
+            server.publish(message=text)
+            heard = event(client)
+            assert (heard["event"], heard["message"]) == ("message", text)
+
+
+@pytest.mark.parametrize(
+    ("offered", "chosen"),
+    [
+        ("notiflux.v1", True),
+        ("chat, notiflux.v1", True),
+        ("chat,notiflux.v1 ", True),
+        ("chat", False),
+    ],
+)
+def test_json_mode_is_chosen_where_it_is_offered(offered, chosen, server):
+    """W09: among others too; where only others are offered none is chosen, and the mode is plain."""
+    with server.connect() as client:
+        client.sendall(handshake(f"Sec-WebSocket-Protocol: {offered}"))
+        head = read_head(client)
+    assert head.startswith(b"HTTP/1.1 101 ")
+    assert (b"Sec-WebSocket-Protocol: notiflux.v1\r\n" in head) == chosen
+
+
+def handshake(*headers, target="/ws", version="13", key="dGhlIHNhbXBsZSBub25jZQ==", method="GET"):
+    lines = ["Upgrade: websocket", "Connection: Upgrade", f"Sec-WebSocket-Version: {version}"]
+    return get(target, *lines, f"Sec-WebSocket-Key: {key}", *headers, method=method)
+
+
+def read_head(client):
+    data = b""
+    while b"\r\n\r\n" not in data:
+        chunk = client.recv(1)
+        assert chunk, data
+        data += chunk
+    return data
+
+
+# --- Subscribers: keepalive, time, and those that do not keep up ---
+
+
+@pytest.mark.parametrize("mode", ["plain", "json"])
+def test_pings_come_and_a_silent_peer_is_dropped(mode, start, lines):
+    """A ping every PING_INTERVAL (and an event in JSON mode); unanswered twice, the line is cut."""
+    server = start(PING_INTERVAL="0.1")
+    with server.connect() as client:
+        offer = ["Sec-WebSocket-Protocol: notiflux.v1"] if mode == "json" else []
+        client.sendall(handshake(*offer))
+        read_head(client)
+        frames = receive_all(client)  # until it is dropped
+    wait_for(lambda: not server.daemon.connections)
+    assert frames.count(b"\x89\x00") == 2
+    assert frames.count(b'{"event":"keepalive"}') == (2 if mode == "json" else 0)
+    assert [line for line in lines() if "why=silent" in line]
+
+
+def test_a_peer_that_answers_pings_stays(start):
+    """Whoever answers is kept, however quiet the topics are."""
+    server = start(PING_INTERVAL="0.1")
+    with server.subscriber("json", ["news"]) as client:
+        assert [event(client)["event"] for _ in range(8)] == ["keepalive"] * 8
+        assert json.loads(server.publish().body)["delivered"] == 1
+
+
+@pytest.mark.parametrize("mode", ["plain", "json"])
+def test_expire_at_ends_a_subscription(mode, start):
+    """The subscription ends at expire_at with a word; a fresh token before that moves it."""
+    server = start(PING_INTERVAL="0.2")
+    soon, late = int(time.time()) + 1, int(time.time()) + 3600
+    with server.subscriber(mode) as client:
+        client.send(f"/subscribe stays {make_token(topics=['stays'], expire_at=soon)}")
+        client.send(f"/subscribe news {make_token(expire_at=late)}")
+        client.send(f"/subscribe news {make_token(expire_at=soon)}")
+        client.send(f"/subscribe stays {make_token(topics=['stays'], expire_at=late)}")
+        heard = []
+        while not heard or "xpired" not in heard[-1]:
+            heard.append(client.recv(timeout=WAIT_S))
+        assert time.time() >= soon
+        if mode == "plain":
+            assert heard == ["Subscription to news expired"]
+        else:
+            ended = {"event": "unsubscribed", "topics": ["news"], "error": "token_expired"}
+            assert json.loads(heard[-1]) == ended
+        assert json.loads(server.publish().body)["delivered"] == 0
+        assert set(server.daemon.hub.topics) == {"stays"}
+
+
+def test_a_subscription_outlives_its_token(server):
+    """T27: exp must hold when the token is used, and not after."""
+    with server.subscriber() as client:
+        client.send(f"/subscribe news {make_token(exp=int(time.time()) - 59)}")
+        settle(client)
+        wait_for(lambda: server.publish(token=make_token(scope="broadcast")).status == 200)
+        assert client.recv(timeout=WAIT_S) == "hello"
+
+
+def test_a_slow_subscriber_is_dropped_and_the_others_hear_everything(start, lines):
+    """One that does not read leaves at MAX_BUFFER_BYTES, in one log line; nobody else notices."""
+    server = start(MAX_BUFFER_BYTES="200000", MAX_MESSAGE_BYTES="100000")
+    text = "x" * 60_000
+    with server.connect() as slow, server.subscriber("json", ["news"]) as good:
+        slow.sendall(handshake())
+        read_head(slow)
+        slow.sendall(client_frame(f"/subscribe news {make_token()}"))
+        wait_for(lambda: len(server.daemon.hub.topics["news"]) == 2)
+        delivered = 2
+        for number in range(1000):
+            delivered = json.loads(server.publish(message=f"{number} {text}").body)["delivered"]
+            assert event(good)["message"].startswith(f"{number} ")
+            if delivered == 1:
+                break
+        assert delivered == 1
+        data = b""
+        while not data.endswith(b"too slow: reconnect and resume"):
+            data += slow.recv(2**20)
+        frames = parse_frames(data)
+        assert frames[-1][0] == 8 and struct.unpack("!H", frames[-1][1][:2]) == (4100,)
+        assert [int(data.partition(b" ")[0]) for op, data in frames[:-1] if op == 1] == list(
+            range(len(frames) - 1)
+        )
+    assert len([line for line in lines() if "why=slow" in line]) == 1
+
+
+def client_frame(data, opcode=Opcode.TEXT, **options):
+    data = data.encode() if isinstance(data, str) else data
+    return Frame(opcode, data, **options).serialize(mask=True)
+
+
+def parse_frames(data):
+    """Split a server's frames into (opcode, payload)."""
+    frames = []
+    while data:
+        opcode, size, start = data[0] & 15, data[1], 2
+        assert data[0] & 0x80 and size < 128, "a fragment, or a masked frame"
+        if size == 126:
+            size, start = struct.unpack("!H", data[2:4])[0], 4
+        elif size == 127:
+            size, start = struct.unpack("!Q", data[2:10])[0], 10
+        assert len(data) >= start + size, "a frame that ends early"
+        frames.append((opcode, data[start : start + size]))
+        data = data[start + size :]
+    return frames
+
+
+def test_a_flood_of_pings_that_reads_nothing_is_cut(start, lines):
+    """Pongs that nobody reads count as unsent bytes, and no more pings are read."""
+    server = start(MAX_BUFFER_BYTES="200000", MAX_MESSAGE_BYTES="100000")
+    flood = client_frame(b"x" * 125, Opcode.PING) * 500
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        client.settimeout(0.2)
+        with contextlib.suppress(TimeoutError, OSError):
+            for _ in range(1000):
+                client.sendall(flood)
+        connection = next(iter(server.daemon.connections))
+        assert connection.transport.get_write_buffer_size() < 400_000
+        wait_for(lambda: [line for line in lines() if "why=slow" in line])
+
+
+def test_a_peer_that_says_close_and_stays_is_cut(start, monkeypatch):
+    """A client that ends the WebSocket but not the connection does not keep a descriptor."""
+    monkeypatch.setattr(notiflux, "CLOSE_TIMEOUT_S", 0.1)
+    server = start()
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(client_frame(b"\x03\xe8", Opcode.CLOSE))
+        assert parse_frames(receive_all(client)) == [(8, b"\x03\xe8")]
+        wait_for(lambda: not server.daemon.connections)
+
+
+@pytest.mark.parametrize(
+    ("name", "frame", "code"),
+    [
+        ("W07 invalid UTF-8", client_frame(b"/\xff"), 1007),
+        ("W07 unmasked", Frame(Opcode.TEXT, b"/x").serialize(mask=False), 1002),
+        ("W07 RSV1", b"\xc1\x80\0\0\0\0", 1002),
+        ("W07 reserved opcode", b"\x83\x80\0\0\0\0", 1002),
+        ("W07 long ping", b"\x89\xfe\0\x7e" + b"\0" * 130, 1002),
+        ("W07 close of one byte", b"\x88\x81\0\0\0\0\x03", 1002),
+        ("W06 2**63-1 bytes to come", b"\x81\xff\x7f" + b"\xff" * 7 + b"\0" * 4, 1009),
+    ],
+)
+def test_a_malformed_frame_closes_with_its_code(name, frame, code, server, lines):
+    """W06, W07: the close code says what was wrong; no error is logged."""
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(frame)
+        assert struct.unpack("!H", parse_frames(receive_all(client))[-1][1][:2]) == (code,)
+    assert not [line for line in lines() if line.startswith("<3>")]
+
+
+def test_both_frames_behind_one_answer_are_obeyed(server):
+    """W29: two commands in one segment take effect in order."""
+    token = make_token()
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(client_frame(f"/subscribe news {token}") + client_frame("/unsubscribe news"))
+        client.sendall(client_frame("/foo"))
+        assert read_frame(client) == (1, b"Unknown command")
+        assert not server.daemon.hub.topics
+
+
+def read_frame(client):
+    """Read one short frame of the server's."""
+    head = client.recv(2, socket.MSG_WAITALL)
+    return head[0] & 15, client.recv(head[1], socket.MSG_WAITALL) if head[1] else b""
+
+
+def test_a_connection_that_is_reset_leaves_nothing(server):
+    """W16: reset in the middle of its topics, a connection is out of every table."""
+    clients = []
+    for number in range(20):
+        client = server.connect()
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(client_frame(f"/subscribe news {make_token(jti=str(number))}"))
+        clients.append(client)
+    wait_for(lambda: len(server.daemon.hub.topics.get("news", ())) == 20)
+    for client in clients[:10]:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    wait_for(lambda: json.loads(server.publish().body)["delivered"] == 10)
+    for client in clients[10:]:
+        client.close()
+
+
+# --- HTTP: the reader ---
+
+
+def outcome(pieces, body_max=1000):
+    """Feed a reader and return what it made of it: requests, and the refusal that ended it."""
+    reader = notiflux.RequestReader(body_max)
+    seen = []
+    try:
+        for piece in pieces:
+            reader.feed(piece)
+            while request := reader.next_request():
+                headers = list(request.headers.raw_items())
+                seen.append((request.method, request.path, request.version, headers, request.body))
+    except notiflux.Refusal as refusal:
+        return [*seen, (refusal.status, refusal.detail)]
+    return [*seen, reader.empty]
+
+
+def padded(size, line="X: "):
+    """Return a header line of `size` bytes, without its CRLF."""
+    return line + "x" * (size - len(line))
+
+
+def head_of(size):
+    """Return a GET whose head, with its empty line, has `size` bytes."""
+    lines = ["A: " + "a" * 4000, "C: " + "c" * 8000]
+    rest = size - len(get("/health", *lines)) - len("B: ") - 2
+    return get("/health", *lines, "B: " + "b" * rest)
+
+
+BODY = broadcast_body()
+LONG = "/" + "a" * (8192 - len("GET / HTTP/1.1"))
+HTTP_ROWS = [  # (name, bytes, the statuses of the answers)
+    ("H01 a broadcast", post(BODY), [200]),
+    *((f"H02 method {m}", get("/health", method=m), [405]) for m in ("post", "Post", "G!T", "PUT")),
+    *(
+        (f"H02 method {m!r}", get("/health", method=m), [400])
+        for m in ("P\0ST", "", "GET\0PROXY", "G(")
+    ),
+    ("H02 method of 1 MiB", b"G" * 2**20, [414]),
+    *(
+        (f"H03 {m} /broadcast", get("/broadcast", method=m), [405])
+        for m in ("GET", "HEAD", "PUT", "DELETE")
+    ),
+    (
+        "H03 PATCH with a body",
+        b"PATCH /broadcast HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\n{}",
+        [405],
+    ),
+    ("H03 POST /ws", post(b"{}", target="/ws"), [405]),
+    ("H03 POST /health", post(b"{}", target="/health"), [405]),
+    ("H04 HEAD /health", get(method="HEAD"), [200]),
+    ("H05 OPTIONS /broadcast", get("/broadcast", method="OPTIONS"), [204]),
+    ("H05 OPTIONS *", get("*", method="OPTIONS"), [204]),
+    ("H05 OPTIONS elsewhere", get("/nowhere", method="OPTIONS"), [404]),
+    ("H06 CONNECT", get("h:443", method="CONNECT"), [400]),
+    ("H06 TRACE", get("/health", method="TRACE"), [405]),
+    ("H06 HTTP/2 preface", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", [400]),
+    ("H06 TLS hello", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\n", [400]),
+    ("H06 HTTP/0.9", b"GET /x\r\n", [400]),
+    ("H06 SSH banner", b"SSH-2.0-OpenSSH_9.2\r\n", [400]),
+    ("H07 1.0 GET", get(version="1.0", host=None), [200]),
+    ("H07 1.0 POST", post(BODY, version="1.0"), [200]),
+    ("H07 1.0 is closed", get("/health", "Connection: keep-alive", version="1.0") * 2, [200]),
+    *((f"H07 {v}", get(version=v), [505]) for v in ("1.2", "2.0", "0.9")),
+    *((f"H07 {v}", get(version=v), [400]) for v in ("1.1x", "01.1", "1", "1.", "11.1")),
+    ("H07 lower case", b"GET /health http/1.1\r\nHost: h\r\n\r\n", [400]),
+    ("H08 absolute form", get("http://h/health"), [200]),
+    ("H08 absolute form, https", get("HTTPS://h:80/health"), [200]),
+    ("H08 absolute form, no path", get("http://h"), [404]),
+    *(
+        (f"H09 {t}", get(t), [404])
+        for t in ("//ws", "/ws/", "/ws?x", "/%77s", "/../ws", "/", "/health?x")
+    ),
+    *(
+        (f"H09 {t}", get(t), [400])
+        for t in ("*", "foo", "h:443", "/ws#f", ";", "?", "ftp://h/ws", "/%", "/%4")
+    ),
+    *(
+        (f"H10 {t!r}", get(f"/{t}x"), [400])
+        for t in ("\0", "\x1b", "\x07", "\r", "\x7f", "\xff", "%0a", "%1b", "%00", "%7F")
+    ),
+    ("H11 two spaces", b"GET  /health HTTP/1.1\r\nHost: h\r\n\r\n", [400]),
+    ("H11 tab", b"GET\t/health HTTP/1.1\r\nHost: h\r\n\r\n", [400]),
+    ("H11 leading space", b" GET /health HTTP/1.1\r\nHost: h\r\n\r\n", [400]),
+    ("H11 trailing space", b"GET /health HTTP/1.1 \r\nHost: h\r\n\r\n", [400]),
+    ("H12 one empty line", b"\r\n" + get(), [200]),
+    ("H12 one between", get() + b"\r\n" + get(), [200, 200]),
+    ("H12 two empty lines", b"\r\n\r\n" + get(), [400]),
+    ("H13 bare LF", b"GET /health HTTP/1.1\nHost: h\n\n", [400]),
+    ("H13 mixed", b"GET /health HTTP/1.1\r\nHost: h\n\r\n", [400]),
+    ("H13 bare CR", b"GET /health HTTP/1.1\rHost: h\r\r", [400]),
+    ("H13 CR CR LF", b"GET /health HTTP/1.1\r\r\nHost: h\r\n\r\n", [400]),
+    ("H13 LF CR", b"GET /health HTTP/1.1\n\rHost: h\n\r\n\r", [400]),
+    ("H13 LF before the end", b"GET /health HTTP/1.1\r\nHost: h\n\r\n\r\n", [400]),
+    ("H14 no Host", get(host=None), [400]),
+    ("H14 two Hosts", get("/health", "Host: h"), [400]),
+    *(
+        (f"H14 {h!r}", get(host=f"Host: {h}"), [400])
+        for h in ("", "a b", "h:x", "h/x", "[::1", "h:123456", "\xe9", "u@h")
+    ),
+    *(
+        (f"H14 {h}", get(host=f"Host: {h}"), [200])
+        for h in ("[::1]:80", "h:", "a.b-c_d:8080", "127.0.0.1")
+    ),
+    ("H15 folded", get("/health", "A: b\r\n c"), [400]),
+    *(
+        (f"H15 {h!r}", get("/health", h), [400])
+        for h in ("A : b", ": b", "A b", "\xe9: b", "A\t: b", " A: b")
+    ),
+    *(
+        (f"H15 value {c!r}", get("/health", f"A: b{c}c"), [400])
+        for c in ("\0", "\r", "\x07", "\x7f", "\x0b")
+    ),
+    (
+        "H15 a good odd value",
+        get("/health", "A:\t \xe9\xff b\t c ", "!#$%&'*+.^_`|~-9: x", "E:"),
+        [200],
+    ),
+    ("H16 line of 8,192", get(LONG), [404]),
+    ("H16 line of 8,193", get(LONG + "a"), [414]),
+    ("H16 line of 8,191", get(LONG[:-1]), [404]),
+    ("H16 header of 8,191", get("/health", padded(8191)), [200]),
+    ("H16 header of 8,192", get("/health", padded(8192)), [200]),
+    ("H16 header of 8,193", get("/health", padded(8193)), [431]),
+    *(
+        (f"H16 {n} headers", get("/health", *["A: b"] * (n - 1)), [s])
+        for n, s in ((63, 200), (64, 200), (65, 431))
+    ),
+    *((f"H16 head of {n}", head_of(n), [s]) for n, s in ((16383, 200), (16384, 200), (16385, 431))),
+    ("H17 1 MiB without a newline", b"GET /" + b"a" * 2**20, [414]),
+    ("H17 1 MiB of header", get()[:-4] + b"A: " + b"a" * 2**20, [431]),
+    ("H18 POST without a length", post(b"", length=False), [400]),
+    *(
+        (
+            f"H19 length {n!r}",
+            get("/broadcast", f"Content-Length: {n}", method="POST") + b"{}",
+            [400],
+        )
+        for n in (
+            "+5",
+            "-1",
+            "0x5",
+            "5_0",
+            "5.0",
+            "1e3",
+            '"5"',
+            " ",
+            "",
+            "005",
+            "5,5",
+            "5;x",
+            "\xb25",
+            "9" * 30,
+        )
+    ),
+    ("H19 5,000 digits", get("/broadcast", "Content-Length: " + "9" * 5000, method="POST"), [400]),
+    (
+        "H19 Arabic digit",
+        b"POST /broadcast HTTP/1.1\r\nHost: h\r\nContent-Length: \xd9\xa3\r\n\r\n{}x",
+        [400],
+    ),
+    ("H20 the same twice", post(BODY, f"Content-Length: {len(BODY)}"), [400]),
+    ("H20 two lengths", post(BODY, "CONTENT-LENGTH: 1"), [400]),
+    ("H21 length 0", post(b""), [400]),
+    ("H21 length 1", post(b"1"), [400]),
+    ("H21 too large", get("/broadcast", "Content-Length: 1048577", method="POST"), [413]),
+    ("H21 10**18", get("/broadcast", f"Content-Length: {10**18}", method="POST"), [413]),
+    *(
+        (f"H22 {name}", post(body, "Transfer-Encoding: chunked", length=False), statuses)
+        for name, body, statuses in (
+            ("one chunk", chunked(BODY), [200]),
+            ("many chunks", chunked(*(BODY[at : at + 1] for at in range(len(BODY)))), [200]),
+            ("extension", chunked(BODY).replace(b"\r\n", b';a=b;c="d"\r\n', 1), [200]),
+            ("trailers", chunked(BODY, end=b"0\r\nX: y\r\nContent-Length: 3\r\n\r\n"), [200]),
+            ("and the next", chunked(BODY) + get(), [200, 200]),
+            ("empty", chunked(), [400]),
+            ("size +5", b"+5\r\nhello\r\n0\r\n\r\n", [400]),
+            ("size 0x5", b"0x5\r\nhello\r\n0\r\n\r\n", [400]),
+            ("size of 17 digits", b"0" * 16 + b"5\r\nhello\r\n0\r\n\r\n", [400]),
+            ("size empty", b"\r\nhello\r\n0\r\n\r\n", [400]),
+            ("size and a space", b"5 \r\nhello\r\n0\r\n\r\n", [400]),
+            ("negative", b"-1\r\nhello\r\n0\r\n\r\n", [400]),
+            ("wrong end of a chunk", b"5\r\nhelloXX0\r\n\r\n", [400]),
+            ("bare LF", b"5\nhello\n0\n\n", [400]),
+            ("bare LF behind a chunk", b"5\r\nhello\n0\r\n\r\n", [400]),
+            ("a long extension", b"5;" + b"x" * 9000 + b"\r\nhello\r\n0\r\n\r\n", [400]),
+            ("a bad trailer", chunked(BODY, end=b"0\r\nX y\r\n\r\n"), [400]),
+            ("65 trailers", chunked(BODY, end=b"0\r\n" + b"X: y\r\n" * 65 + b"\r\n"), [431]),
+            ("too large at once", b"100001\r\n", [413]),
+            ("2**63", b"8000000000000000\r\n", [413]),
+            ("too large in the end", chunked(b"x" * 2**20, end=b"1\r\nx\r\n0\r\n\r\n"), [413]),
+        )
+    ),
+    *(
+        (
+            f"H22b {value!r}",
+            get("/broadcast", f"Transfer-Encoding: {value}", method="POST") + chunked(BODY),
+            [status],
+        )
+        for value, status in (
+            ("xchunked", 501),
+            ("gzip, chunked", 501),
+            ("identity", 501),
+            ("chunked, chunked", 501),
+            (",chunked", 400),
+            ("\x0bchunked", 400),
+            ("", 400),
+            ("chunked;q=1", 400),
+            ('"chunked"', 400),
+        )
+    ),
+    (
+        "H22b two codings",
+        get("/broadcast", *["Transfer-Encoding: chunked"] * 2, method="POST"),
+        [400],
+    ),
+    (
+        "H22b on 1.0",
+        get("/broadcast", "Transfer-Encoding: chunked", method="POST", version="1.0"),
+        [400],
+    ),
+    ("H22b in other case", post(chunked(BODY), "tRANSFER-eNCODING: Chunked", length=False), [200]),
+    ("H23 length and chunked", post(chunked(BODY), "Transfer-Encoding: chunked"), [400]),
+    (
+        "H23 chunked and length",
+        get("/broadcast", "Transfer-Encoding: chunked", "Content-Length: 5", method="POST"),
+        [400],
+    ),
+    (
+        "H23 space before the colon",
+        post(chunked(BODY), "Transfer-Encoding : chunked", length=False),
+        [400],
+    ),
+    ("H24 a body cut short", post(BODY)[:-1], [400]),
+    ("H24 a head cut short", get()[:-1], [400]),
+    ("H26 two requests", post(BODY) * 2, [200, 200]),
+    ("H26 many", (post(BODY) + get() + get("/nowhere")) * 5, [200, 200, 404] * 5),
+    ("H26 a surplus byte", post(BODY) + b"x", [200, 400]),
+    ("H26 surplus garbage", post(BODY) + b"\0\0\r\n" + get(), [200, 400]),
+    ("H27 GET with a length", get("/health", "Content-Length: 5") + b"hello", [400]),
+    ("H27 GET with length 0", get("/health", "Content-Length: 0"), [200]),
+    ("H27 GET, chunked", get("/health", "Transfer-Encoding: chunked") + chunked(b"x"), [400]),
+    (
+        "H27 HEAD with a length",
+        get("/health", "Content-Length: 5", method="HEAD") + b"hello",
+        [400],
+    ),
+    ("H27 GET and a body", get() + b"hello\r\n", [200, 400]),
+    ("H28 handshake with a length", handshake("Content-Length: 5") + b"hello", [400]),
+    ("H28 handshake, chunked", handshake("Transfer-Encoding: chunked") + chunked(b"x"), [400]),
+    ("H28 handshake and a body", handshake() + b"hello", [400]),
+    *(
+        (f"H29 handshake and {name}", handshake() + client_frame(b"\x03\xe8", opcode), [400])
+        for name, opcode in (("PING", Opcode.PING), ("CLOSE", Opcode.CLOSE), ("TEXT", Opcode.TEXT))
+    ),
+    ("H29 GET and PING", get() + client_frame(b"x" * 125, Opcode.PING) + b"\r\n", [200, 400]),
+    ("H36 unknown expectation", post(BODY, "Expect: 200-ok"), [417]),
+    ("H36 on 1.0", post(BODY, "Expect: 100-continue", version="1.0"), [200]),
+    (
+        "H36 and too large",
+        get("/broadcast", "Expect: 100-continue", "Content-Length: 1048577", method="POST"),
+        [413],
+    ),
+    ("H37 close", get("/health", "Connection: foo, CLOSE") + get(), [200]),
+    ("H37 after 404", get("/x") + get(), [404, 200]),
+    ("H37 after a bad body", post(b"{") + get(), [400, 200]),
+    ("H37 after a bad token", post(broadcast_body(token="x")) + get(), [401, 200]),
+    ("H37 a malformed Connection", post(BODY, "Connection: a b"), [400]),
+    ("H38 gzip", post(b"\x1f\x8b", "Content-Encoding: gzip"), [415]),
+    ("H38 identity", post(BODY, "Content-Encoding: identity"), [200]),
+    *(
+        (f"H39 {t}", post(BODY, f"Content-Type: {t}"), [200])
+        for t in ("text/plain", "application/json;charset=utf-16", "")
+    ),
+    ("H40 no handshake", get("/ws"), [426]),
+    ("H40 HEAD", get("/ws", method="HEAD"), [426]),
+    ("H40 no Connection", get("/ws", "Upgrade: websocket"), [426]),
+    ("H40 h2c", get("/ws", "Upgrade: h2c", "Connection: Upgrade"), [426]),
+    ("H40 websocket, foo", get("/ws", "Upgrade: websocket, foo", "Connection: Upgrade"), [426]),
+    *(
+        (f"H40 key {k!r}", handshake(key=k), [400])
+        for k in ("", "x", "dGhlIHNhbXBsZSBub25jZQ", "A" * 20, "A" * 24)
+    ),
+    ("H40 two keys", handshake("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="), [400]),
+    *((f"H40 version {v}", handshake(version=v), [426]) for v in ("8", "99", "")),
+    ("H40 two versions", handshake("Sec-WebSocket-Version: 13"), [400]),
+    ("H40 elsewhere", handshake(target="/health"), [200]),
+    ("H40 POST", handshake(method="POST"), [405]),
+    ("H40 bad subprotocol", handshake("Sec-WebSocket-Protocol: a b"), [400]),
+    ("H41 two Origins", get("/health", "Origin: http://a", "Origin: http://b"), [400]),
+    ("H41 any Origin", get("/health", "Origin: null"), [200]),
+    ("H42 PROXY line", b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n" + get(), [400]),
+]
+HTTP_IDS = [ascii(row[0]) for row in HTTP_ROWS]
+
+
+@pytest.mark.parametrize(("name", "data", "statuses"), HTTP_ROWS, ids=HTTP_IDS)
+def test_a_request_gets_its_answer_and_nothing_else(name, data, statuses, server, lines):
+    """Table H: one answer for one request, in order; a 200 to a POST is one delivery."""
+    methods = re.findall(rb"(?:^|\r\n\r\n)([A-Z]+) [^ ]+ HTTP/", data)
+    with server.subscriber("json", ["news"]) as client:
+        answers = server.ask(data, methods=[method.decode() for method in methods])
+        settle(client)
+        heard = []
+        with contextlib.suppress(TimeoutError):
+            while True:
+                heard.append(json.loads(client.recv(timeout=0)))
+    assert [answer.status for answer in answers] == statuses
+    done = [json.loads(a.body)["id"] for a in answers if a.status == 200 and b'"id"' in a.body]
+    assert [message["id"] for message in heard] == done
+    for answer in answers:
+        if answer.status >= 400:
+            assert answer.headers["content-type"] == "application/json"
+            if answer.body:  # none behind HEAD
+                assert set(json.loads(answer.body)) == {"error", "detail"}
+        assert "server" not in answer.headers and "date" in answer.headers
+        assert ("allow" in answer.headers) == (answer.status == 405)
+        assert answer.headers.get("upgrade") == ("websocket" if answer.status == 426 else None)
+        assert answer.headers["access-control-allow-origin"] == "*"
+    refused = [line for line in lines() if "refused" in line]
+    assert len(refused) == sum(status >= 400 for status in statuses)
+    for line in lines():
+        assert line.isprintable() and line.isascii() and not line.startswith("<3>")
+
+
+@pytest.mark.parametrize(("name", "data", "statuses"), HTTP_ROWS, ids=HTTP_IDS)
+def test_how_bytes_are_cut_never_matters(name, data, statuses, seed):
+    """I8: whole, byte by byte, and cut at random: the same requests, the same refusal."""
+    data = data[:40_000]
+    whole = outcome([data])
+    assert outcome(data[at : at + 1] for at in range(len(data))) == whole
+    chance = random.Random(seed)
+    for _ in range(5):
+        cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.randrange(6)))
+        pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
+        assert outcome(pieces) == whole
+
+
+def test_random_bytes_are_read_or_refused(seed):
+    """Bytes made of pieces of requests, at random: a request, a Refusal, or a wait for more."""
+    chance = random.Random(seed)
+    words = [
+        b"GET",
+        b"POST",
+        b" ",
+        b"/",
+        b"HTTP/1.1",
+        b"\r\n",
+        b"\n",
+        b"Host: h\r\n",
+        b":",
+        b"0",
+        b"5",
+    ]
+    words += [
+        b"Content-Length: ",
+        b"Transfer-Encoding: chunked\r\n",
+        b"\0",
+        b"\xff",
+        b"{}",
+        b"\r\n\r\n",
+    ]
+    for _ in range(int(os.environ.get("NOTIFLUX_TEST_ROUNDS", 3000))):
+        data = b"".join(chance.choices(words, k=chance.randrange(1, 25)))
+        if chance.random() < 0.5:
+            data = chance.choice([get(), post(b"{}"), post(chunked(b"{}"), length=False)]) + data
+        whole = outcome([data])
+        assert outcome(data[at : at + 1] for at in range(len(data))) == whole
+        assert whole[-1] in (True, False) or 400 <= whole[-1][0] < 506
+
+
+def test_every_cut_gives_the_same_answer_over_a_socket(server):
+    """A few requests, cut at every byte, through a real connection."""
+    for data in (get(), post(b"{}"), b"GET /health HTTP/1.1\r\nHost : h\r\n\r\n"):
+        expected = [answer.status for answer in server.ask(data)]
+        for at in range(1, len(data)):
+            assert [answer.status for answer in server.ask(data[:at], data[at:])] == expected
+
+
+# --- HTTP: the connection ---
+
+
+def test_keep_alive_serves_one_request_after_the_other(server):
+    """A connection is used again after 2xx, 401, 403 and 404, by a client nobody here wrote."""
+    client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=WAIT_S)
+    good, other = make_token(scope="broadcast"), make_token()
+    for token, status in ((good, 200), ("x", 401), (other, 403), (good, 200)):
+        client.request("POST", "/broadcast", broadcast_body(token=token))
+        first = client.sock
+        answer = client.getresponse()
+        assert answer.status == status and answer.read()
+        assert client.sock is first
+    client.request("HEAD", "/health")
+    answer = client.getresponse()
+    assert (answer.status, answer.read(), answer.headers["Content-Length"]) == (200, b"", "17")
+    client.close()
+
+
+def test_100_continue_comes_before_the_body_is_sent(server):
+    """H36: a client that waits for it gets it at once, then its answer."""
+    with server.connect() as client:
+        client.sendall(post(BODY, "Expect: 100-continue")[: -len(BODY)])
+        assert read_head(client) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(BODY)
+        assert read_head(client).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_handshake_after_a_request_is_served(server):
+    """A connection that was kept alive can still turn into a WebSocket."""
+    with server.connect() as client:
+        client.sendall(get())
+        assert b" 200 " in read_head(client)
+        assert client.recv(17, socket.MSG_WAITALL) == b'{"status": "ok"}\n'
+        client.sendall(handshake("Content-Length: 0"))
+        assert b" 101 " in read_head(client)
+        client.sendall(client_frame("/foo"))
+        assert read_frame(client) == (1, b"Unknown command")
+
+
+def test_frames_right_behind_the_handshake_wait_for_its_answer(server):
+    """H29, W29: frames that come while the 101 is made are answered after it, never before."""
+    for _ in range(20):
+        with server.connect() as client:
+            client.sendall(handshake())
+            client.sendall(client_frame(b"x" * 100, Opcode.PING))
+            first = client.recv(9, socket.MSG_WAITALL)
+            assert first == b"HTTP/1.1 "
+
+
+def test_an_early_refusal_is_read_by_a_client_that_still_sends(server):
+    """H35: 413 arrives though 30 MB were on their way, and the connection ends."""
+    with server.connect() as client:
+        client.sendall(get("/broadcast", "Content-Length: 30000000", method="POST"))
+        with contextlib.suppress(OSError):
+            for _ in range(30):
+                client.sendall(b"x" * 1_000_000)
+        assert parse_answers(receive_all(client))[0].status == 413
+
+
+@pytest.mark.parametrize(
+    ("name", "sent", "statuses"),
+    [
+        ("nothing", b"", []),
+        ("half a head", b"GET /health HTTP/1.1\r\nHo", [408]),
+        ("half a body", post(BODY)[:-5], [408]),
+        ("half a chunk", post(b"5\r\nhel", "Transfer-Encoding: chunked", length=False), [408]),
+        ("an idle connection", get(), [200]),
+    ],
+)
+def test_time_is_limited(name, sent, statuses, start, monkeypatch):
+    """H30, H31: a head, a body and an idle connection have their time in all, then it ends."""
+    monkeypatch.setattr(notiflux, "TIMEOUTS_S", {"head": 0.2, "body": 0.2, "idle": 0.2})
+    monkeypatch.setattr(notiflux, "SWEEP_S", 0.05)
+    server = start()
+    with server.connect() as client:
+        client.sendall(sent)
+        assert [answer.status for answer in parse_answers(receive_all(client))] == statuses
+
+
+def test_a_dripping_client_gets_no_more_time(start, monkeypatch):
+    """H31: the time of a body is a total, and bytes that come do not extend it."""
+    monkeypatch.setattr(notiflux, "TIMEOUTS_S", {"head": 5, "body": 0.3, "idle": 5})
+    monkeypatch.setattr(notiflux, "SWEEP_S", 0.05)
+    server = start()
+    with server.connect() as client:
+        client.sendall(post(b"x" * 1000)[:-1000])
+        deadline = time.monotonic() + WAIT_S
+        while not select.select([client], [], [], 0.02)[0]:
+            assert time.monotonic() < deadline
+            client.sendall(b"x")
+        assert b" 408 " in read_head(client)
+
+
+def test_a_client_that_does_not_read_its_answers_is_not_served_on(start, monkeypatch):
+    """H32, I5: answers nobody reads stop the reading of requests, then end the connection."""
+    monkeypatch.setattr(notiflux, "WRITE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(notiflux, "SWEEP_S", 0.05)
+    server = start()
+    with server.connect() as client:
+        client.settimeout(WAIT_S)
+        with contextlib.suppress(OSError):
+            for _ in range(3000):
+                client.sendall(get() * 100)
+        wait_for(lambda: not server.daemon.connections)
+
+
+def test_pipelined_requests_are_all_answered_by_a_slow_reader(server):
+    """Requests beyond what the write buffer takes wait, and all are answered in order."""
+    with server.connect() as client:
+        wait_for(lambda: server.daemon.connections)
+        (connection,) = server.daemon.connections
+        there = connection.transport.get_extra_info("socket")
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        sender = threading.Thread(
+            target=lambda: (client.sendall(get() * 5000), client.shutdown(socket.SHUT_WR))
+        )
+        sender.start()
+        wait_for(lambda: connection._writing_paused)
+        received = receive_all(client)
+        sender.join(WAIT_S)
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == 5000
+    assert received.endswith(b'{"status": "ok"}\n')
+
+
+def test_a_reset_in_the_middle_of_a_body_is_no_broadcast(server, lines):
+    """H25: the connection goes, nothing is sent, nothing is logged as an error."""
+    with server.subscriber(topics=["news"]) as subscriber:
+        client = server.connect()
+        client.sendall(post(BODY)[:-3])
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        wait_for(lambda: len(server.daemon.connections) == 1)
+        assert silent(subscriber)
+    assert not [line for line in lines() if line.startswith("<3>")]
+
+
+def test_surplus_connections_get_503(start):
+    """H44: one more than MAX_CONNECTIONS is told so; when one goes there is room again."""
+    server = start(MAX_CONNECTIONS="2")
+    with server.connect() as first, server.connect():
+        wait_for(lambda: len(server.daemon.connections) == 2)
+        assert [answer.status for answer in parse_answers(server.exchange())] == [503]
+        first.close()
+        wait_for(lambda: len(server.daemon.connections) == 1)
+        assert [answer.status for answer in server.ask(get())] == [200]
+
+
+# --- Routes ---
+
+BODIES_REFUSED = [  # (name, body, status)
+    *(
+        (f"J01 {body!r}", body, 400)
+        for body in (b"", b"  ", b"{}{}", b"{} x", b"null", b"[]", b'"x"', b"1", b"{}")
+    ),
+    *(
+        (f"J02 twice {n}", BODY[:-1] + f', "{n}": "news"}}'.encode(), 400)
+        for n in ("topic", "token", "message")
+    ),
+    *(
+        (f"J03 {n} somewhere", broadcast_body(x="@").replace(b'"@"', n), 400)
+        for n in (b"NaN", b"Infinity", b"1e400")
+    ),
+    *(
+        (
+            f"J04 {n} deep in {k}",
+            broadcast_body(**{k: "@"}).replace(b'"@"', b"[" * n + b"]" * n),
+            400,
+        )
+        for n in (100, 10**3, 10**5)
+        for k in ("x", "message")
+    ),
+    (
+        "J04 450,000 deep",
+        broadcast_body(message="@").replace(b'"@"', b"[" * 450_000 + b"]" * 450_000),
+        400,
+    ),
+    *(
+        (f"J05 {n} digits", broadcast_body(message="@").replace(b'"@"', b"1" * n), 400)
+        for n in (4300, 4301, 10**6)
+    ),
+    ("J06 invalid UTF-8", broadcast_body("@").replace(b"@", b"\xff"), 400),
+    ("J06 raw surrogate", broadcast_body("@").replace(b"@", b"\xed\xa0\x80"), 400),
+    ("J06 UTF-16", BODY.decode().encode("utf-16"), 400),
+    ("J06 BOM", b"\xef\xbb\xbf" + BODY, 400),
+    *(
+        (f"J07 surrogate in {n}", broadcast_body(**{n: "@"}).replace(b"@", rb"\ud800"), 400)
+        for n in ("topic", "message", "token")
+    ),
+    ("J07 surrogate in a name", broadcast_body(x=1).replace(b'"x"', rb'"\ud800"'), 400),
+    *(
+        (f"J09 topic {v!r}", broadcast_body(topic=v), 400)
+        for v in (1, None, [], {}, True, "", ["news"], ...)
+    ),
+    *((f"J09 token {v!r}", broadcast_body(token=v), 400) for v in (1, None, [], {}, True, "")),
+    ("J09 token missing", broadcast_body(token=...), 401),
+    ("J09 message missing", broadcast_body(message=...), 400),
+    *(
+        (f"topics {v!r}", broadcast_body(topic=..., topics=v), 400)
+        for v in ([], "news", [1], None, {}, [[]], [""], ["a\n"])
+    ),
+    ("topic and topics", broadcast_body(topics=["news"]), 400),
+    ("1,001 topics", broadcast_body(topic=..., topics=["news"] * 1001), 400),
+    ("one topic that is not granted", broadcast_body(topic=..., topics=["news", "other"]), 403),
+    ("J10 513 bytes", broadcast_body(topic="x" * 513), 400),
+    ("J10 514 bytes of é", broadcast_body(topic="é" * 257), 400),
+    ("J10 900,000 bytes", broadcast_body(topic="x" * 900_000), 400),
+    *(
+        (f"J10 topic {c!r}", broadcast_body(topic=f"a{c}b"), 400)
+        for c in ("\n", "\t", "\0", "\x7f", "\x80", "\x9f")
+    ),
+    ("T22 another topic", broadcast_body(topic="other"), 403),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "status"), BODIES_REFUSED, ids=[ascii(r[0]) for r in BODIES_REFUSED]
+)
+def test_a_bad_body_broadcasts_nothing(name, body, status, server):
+    """Table J: the status says what is wrong, and nobody hears anything."""
+    with server.subscriber(topics=["news"]) as client:
+        (answer,) = server.ask(post(body))
+        assert (answer.status, answer.error) == (
+            status,
+            {400: "invalid_request", 401: "invalid_token", 403: "insufficient_scope"}[status],
+        )
+        assert silent(client)
+
+
+def test_a_body_cut_anywhere_broadcasts_nothing(server):
+    """J01, J14: every proper prefix of a good body is a 400."""
+    with server.subscriber(topics=["news"]) as client:
+        data = b"".join(post(BODY[:size]) for size in range(len(BODY)))
+        assert [answer.status for answer in server.ask(data)] == [400] * len(BODY)
+        assert silent(client)
+
+
+TOPICS = [
+    "a b",
+    "a/b",
+    "*",
+    "#",
+    "é" * 256,
+    "x" * 512,
+    "e\u0301",
+    "\u00e9",
+    "\u202eabc",
+    "\U0001f600",
+    " ",
+]
+
+
+@pytest.mark.parametrize("topic", TOPICS, ids=ascii)
+def test_a_topic_is_any_text_and_compared_as_it_is(topic, server):
+    """J10, T19: 512 bytes of anything printable; no normalisation, no wildcards."""
+    others = [t for t in [*TOPICS, "news"] if t != topic]
+    token = make_token(scope="broadcast", topics=[topic])
+    assert server.publish(topic=topic, token=token).status == 200
+    assert {server.publish(topic=other, token=token).status for other in others[:4]} == {403}
+
+
+@pytest.mark.parametrize(
+    "message", ["", 0, None, [], {}, False, "\0", "x" * 1_000_000], ids=lambda m: ascii(m)[:20]
+)
+def test_any_message_is_fine(message, server):
+    """J09, J11: empty, null, no string, and one of nearly 1 MiB."""
+    with server.subscriber("json", ["news"], max_size=None) as client:
+        assert json.loads(server.publish(message=message).body)["delivered"] == 1
+        assert event(client)["message"] == message
+
+
+def test_unknown_keys_are_ignored(server):
+    """J12: even 60,000 of them."""
+    assert server.publish(**{f"key{number}": 1 for number in range(60_000)}).status == 200
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_the_token_may_come_as_bearer(scheme, server):
+    """Authorization: Bearer instead of the body's token; both are one too many."""
+    bearer = f"Authorization: {scheme} {make_token(scope='broadcast')}"
+    assert server.ask(post(broadcast_body(token=...), bearer))[0].status == 200
+    assert server.ask(post(broadcast_body(), bearer))[0].status == 400
+    assert server.ask(post(broadcast_body(token=...), bearer, bearer))[0].status == 400
+    assert server.ask(post(broadcast_body(token=...), f"Authorization: {scheme} "))[0].status == 401
+    assert server.ask(post(broadcast_body(), "Authorization: Basic eDp5"))[0].status == 200
+
+
+def test_cors_is_open_by_default(server):
+    """H05: a page from anywhere may ask, and is told what it may send."""
+    headers = server.ask(get("/broadcast", "Origin: https://a.example", method="OPTIONS"))[
+        0
+    ].headers
+    assert headers["access-control-allow-origin"] == "*"
+    assert "POST" in headers["access-control-allow-methods"]
+    assert "Authorization" in headers["access-control-allow-headers"]
+    assert "content-length" not in headers
+
+
+def test_allowed_origins_keep_other_pages_out(start):
+    """H05, H41: a page from elsewhere gets 403 on every route, a client without Origin passes."""
+    server = start(ALLOWED_ORIGINS="https://a.example,http://b.example:8080")
+    for request in (post(BODY), get(), get("/broadcast", method="OPTIONS"), handshake()):
+        for origin, allowed in (
+            ("https://A.example", True),
+            ("https://evil", False),
+            ("null", False),
+        ):
+            with server.connect() as client:
+                client.sendall(
+                    request.replace(b"Host: h\r\n", f"Host: h\r\nOrigin: {origin}\r\n".encode())
+                )
+                head = read_head(client).decode()
+            assert (" 403 " not in head) == allowed
+            if " 101 " not in head:
+                assert ("Access-Control-Allow-Origin: https://a.example\r\n" in head) == allowed
+                assert "Vary: Origin\r\n" in head and "*" not in head and "evil" not in head
+    assert server.ask(post(BODY))[0].status == 200
+
+
+def test_json_documents_of_others_are_never_a_500(server):
+    """J15: each document of JSONTestSuite as the body, each good one as a message."""
+    folder = Path(os.environ.get("NOTIFLUX_TEST_DATA", "missing"), "JSONTestSuite", "test_parsing")
+    if not folder.is_dir():
+        pytest.skip("NOTIFLUX_TEST_DATA names no folder with JSONTestSuite/test_parsing")
+    for path in sorted(folder.iterdir()):
+        body = path.read_bytes()
+        assert [a.status for a in server.ask(post(body))] in ([400], [401]), path.name
+        whole = broadcast_body("@").replace(b'"@"', body)
+        (answer,) = server.ask(post(whole))
+        assert answer.status in ((200, 400) if path.name[0] in "yi" else (400,)), path.name
+
+
+def test_requests_of_others_are_never_a_500(server):
+    """H46: what others call invalid is never 2xx; what they call valid is never silence."""
+    path = Path(os.environ.get("NOTIFLUX_TEST_DATA", "missing"), "http_requests.jsonl")
+    if not path.is_file():
+        pytest.skip("NOTIFLUX_TEST_DATA names no folder with http_requests.jsonl")
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        data = base64.b64decode(row["raw_b64"])
+        received = server.exchange(data)
+        statuses = [int(s) for s in re.findall(rb"^HTTP/1\.1 (\d{3}) ", received, re.MULTILINE)]
+        assert received.startswith(b"HTTP/1.1 ") or not received, row["name"]
+        assert all(status < 500 or status in (501, 505) for status in statuses), row["name"]
+        assert not any(s < 300 and s != 100 for s in statuses) or row["expect"] != "invalid", row[
+            "name"
+        ]
+        assert statuses or row["expect"] != "valid", row["name"]
+        assert outcome([data]) == outcome(data[at : at + 1] for at in range(len(data))), row["name"]
+
+
+# --- Daemon ---
+
+
+def test_health_turns_to_503_and_work_is_refused_while_it_drains(server):
+    """A draining server says so, takes no broadcast and no handshake, and answers the rest."""
+    router = server.daemon._router
+    server.call(setattr, router, "stopping", True)
+    try:
+        (answer,) = server.ask(get())
+        assert (answer.status, json.loads(answer.body)) == (503, {"status": "stopping"})
+        (answer,) = server.ask(post(BODY))
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert [answer.status for answer in server.ask(handshake())] == [503]
+        assert [answer.status for answer in server.ask(get("/x"))] == [404]
+    finally:
+        server.call(setattr, router, "stopping", False)
+
+
+def test_keys_are_read_again(start, tmp_path, lines):
+    """T29: a new key file is in force after a reload, a bad one leaves the old; nobody is cut."""
+    path = tmp_path / "public.pem"
+    path.write_bytes(public_pem(KEY))
+    server = start(JWT_PUBLIC_KEY_B64="", JWT_PUBLIC_KEY_FILE=str(path))
+    tokens = [make_token(scope="broadcast", key=key) for key in (KEY, OTHER_KEY)]
+    with server.subscriber(topics=["news"]) as client:
+        assert [server.publish(token=token).status for token in tokens] == [200, 401]
+        path.write_bytes(b"not a key")
+        server.call(server.daemon.reload)
+        assert [server.publish(token=token).status for token in tokens] == [200, 401]
+        path.write_bytes(public_pem(OTHER_KEY))
+        server.call(server.daemon.reload)
+        assert [server.publish(token=token).status for token in tokens] == [401, 200]
+        assert [client.recv(timeout=WAIT_S) for _ in range(3)] == ["hello"] * 3
+    assert [line for line in lines() if "the old keys stay" in line and line.startswith("<3>")]
+
+
+def test_tls_is_served_with_a_certificate(start, tmp_path):
+    """TLS_CERT_FILE and TLS_KEY_FILE make it https and wss; broadcast, subscribe and 413 work."""
+    (tmp_path / "cert.pem").write_bytes(certificate())
+    (tmp_path / "key.pem").write_bytes(private_pem(KEY))
+    server = start(TLS_CERT_FILE=f"{tmp_path}/cert.pem", TLS_KEY_FILE=f"{tmp_path}/key.pem")
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    assert server.url.startswith("https://")
+    with connect(f"wss://127.0.0.1:{server.port}/ws", ssl=context) as subscriber:
+        subscriber.send(f"/subscribe news {make_token()}")
+        settle(subscriber)
+        client = http.client.HTTPSConnection(
+            "127.0.0.1", server.port, timeout=WAIT_S, context=context
+        )
+        for body, status in ((BODY, 200), (b"x", 400), (BODY, 200)):
+            client.request("POST", "/broadcast", body)
+            answer = client.getresponse()
+            assert answer.status == status and answer.read()
+        client.close()
+        assert [subscriber.recv(timeout=WAIT_S) for _ in range(2)] == ["hello"] * 2
+    with pytest.raises(notiflux.SettingsError, match="TLS_CERT_FILE"):
+        changes = {"TLS_CERT_FILE": f"{tmp_path}/cert.pem", "TLS_KEY_FILE": f"{tmp_path}/x"}
+        notiflux._tls_context(notiflux.Settings.from_environment(GOOD | changes))
+
+
+def test_a_unix_socket_is_served(start, tmp_path):
+    """HOST=unix:/path listens there, replaces a stale file, and refuses a live one."""
+    path = tmp_path / "notiflux.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    server = start(HOST=f"unix:{path}")
+    assert server.url == f"unix:{path}"
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(WAIT_S)
+        client.connect(str(path))
+        client.sendall(post(BODY) + post(b"{"))
+        client.shutdown(socket.SHUT_WR)
+        assert [answer.status for answer in parse_answers(receive_all(client))] == [200, 400]
+    with pytest.raises(OSError, match="in use"):
+        notiflux._check_stale(str(path))
+
+
+def test_ipv6_is_served(start, lines):
+    """W28: [::1] works as 127.0.0.1 does, and reads well in the log."""
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    server = start(HOST="::1")
+    with socket.create_connection(("::1", server.port), WAIT_S) as client:
+        client.sendall(get("/nowhere"))
+        assert read_head(client).startswith(b"HTTP/1.1 404")
+    assert [line for line in lines() if "refused peer=[::1]:" in line]
+
+
+def test_one_subscriber_that_fails_does_not_hurt_the_others(server):
+    """W24: a transport that is already gone is counted out, and the others still hear."""
+    with server.subscriber(topics=["news"]) as one, server.subscriber(topics=["news"]) as two:
+        port = one.socket.getsockname()[1]
+        connection = next(
+            c
+            for c in server.daemon.connections
+            if c.transport.get_extra_info("peername")[1] == port
+        )
+        server.call(connection.transport.abort)
+        server.publish()
+        assert two.recv(timeout=WAIT_S) == "hello"
+
+
+# --- Command line: the real program as a process of its own ---
+
+
+def environment(**changes):
+    """Return what a fresh shell would have, without settings of ours."""
+    names = {field.upper() for field in notiflux.Settings.__dataclass_fields__}
+    clean = {n: v for n, v in os.environ.items() if n not in names and "NOTIFLUX" not in n}
+    return clean | {"PORT": "0", "PYTHONWARNINGS": "error"} | changes
+
+
+def run(*arguments, **changes):
+    """Run a command to its end; check that errors are one line and never a traceback."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "notiflux.py", *map(str, arguments)],
+        env=environment(**changes),
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S * 3,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    if done.returncode not in (0, 2):
+        assert re.fullmatch(r"notiflux: [ -~]+\n", done.stderr), done.stderr
+    return done
+
+
+class Process:
+    """The daemon as a process; `log` waits for a line on its standard error."""
+
+    def __init__(self, *arguments, **changes):
+        changes = {"JWT_PUBLIC_KEY_B64": b64(public_pem(KEY))} | changes
+        self.process = subprocess.Popen(
+            [sys.executable, "-X", "dev", ROOT / "notiflux.py", *arguments],
+            env=environment(**changes),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.port = int(re.search(r":(\d+) version", self.log("listening"))[1])
+
+    def log(self, word):
+        for line in self.process.stderr:
+            if word in line:
+                return line
+        raise AssertionError(f"no line with {word}")
+
+    def stop(self, number=signal.SIGTERM):
+        """Signal it, and return (exit code, seconds, the rest of its log)."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        _, log = self.process.communicate(timeout=WAIT_S)
+        return self.process.returncode, time.monotonic() - began, log
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def launch():
+    processes = []
+
+    def launch_one(*arguments, **changes):
+        processes.append(Process(*arguments, **changes))
+        return processes[-1]
+
+    yield launch_one
+    for one in processes:
+        one.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_ends_everything_in_time(number, launch):
+    """P01, I9: whatever clients do: exit 0 in time, 1012 to subscribers, in-flight is answered."""
+    daemon = launch(STOP_TIMEOUT="1")
+    address = ("127.0.0.1", daemon.port)
+    with contextlib.ExitStack() as stack:
+        idle, half_head, half_body, mute, finishing = (
+            stack.enter_context(socket.create_connection(address, WAIT_S)) for _ in range(5)
+        )
+        half_head.sendall(b"GET /health HTTP/1.1\r\nHo")
+        half_body.sendall(post(BODY)[:-5])
+        finishing.sendall(get("/nowhere"))
+        read_head(finishing)
+        finishing.recv(65536)
+        finishing.sendall(get("/nowhere")[:-5])
+        mute.sendall(handshake())
+        read_head(mute)
+        subscriber = stack.enter_context(connect(f"ws://127.0.0.1:{daemon.port}/ws"))
+        subscriber.send("/foo")
+        assert subscriber.recv(timeout=WAIT_S) == "Unknown command"
+        daemon.process.send_signal(number)
+        daemon.log("stopping")
+        finishing.sendall(get("/nowhere")[-5:])
+        head = read_head(finishing)
+        assert b" 404 " in head and b"Connection: close" in head
+        with pytest.raises(ConnectionClosed) as caught:
+            subscriber.recv(timeout=WAIT_S)
+        assert caught.value.rcvd.code == 1012
+        assert receive_all(idle) == b""
+        assert parse_frames(receive_all(mute))[0][1][:2] == struct.pack("!H", 1012)
+        began = time.monotonic()
+        _, log = daemon.process.communicate(timeout=WAIT_S)
+        assert time.monotonic() - began < 2
+    assert daemon.process.returncode == 0
+    assert "Traceback" not in log and "Warning" not in log
+
+
+def test_a_second_signal_ends_it_at_once(launch):
+    """P02: whoever is left is cut, and the exit code is still 0."""
+    daemon = launch(STOP_TIMEOUT="60")
+    with socket.create_connection(("127.0.0.1", daemon.port), WAIT_S) as client:
+        client.sendall(b"GET")
+        client.sendall(b" ")
+        wait_for(lambda: Path(f"/proc/{daemon.process.pid}").exists())
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.log("stopping")
+        code, seconds, log = daemon.stop()
+    assert code == 0 and seconds < 5 and "Traceback" not in log
+
+
+def test_a_stop_without_clients_is_quick(launch):
+    """Nobody connected: exit 0 at once, nothing but log lines."""
+    code, seconds, log = launch(STOP_TIMEOUT="60").stop(signal.SIGINT)
+    assert code == 0 and seconds < 5
+    assert re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ info [ -~]+\n)*", log)
+
+
+def test_sighup_reads_the_keys_and_never_kills(launch, tmp_path):
+    """P04: reloaded, or the old keys stay; either way it goes on."""
+    path = tmp_path / "public.pem"
+    path.write_bytes(public_pem(KEY))
+    daemon = launch(JWT_PUBLIC_KEY_B64="", JWT_PUBLIC_KEY_FILE=str(path))
+    daemon.process.send_signal(signal.SIGHUP)
+    assert "reloaded keys=1" in daemon.log("reload")
+    path.unlink()
+    daemon.process.send_signal(signal.SIGHUP)
+    assert "the old keys stay" in daemon.log("reload")
+    assert daemon.stop()[0] == 0
+
+
+def test_settings_stop_the_start_with_78():
+    """P07, T28: one line that names the variable; a key's value is never in it."""
+    secret = b64(private_pem(KEY))
+    for changes, words in (
+        ({}, "JWT_PUBLIC_KEY_B64"),
+        ({"JWT_PUBLIC_KEY_B64": secret}, "a private key"),
+        ({"PORT": "65536"}, "PORT: expected a whole number from 0 to 65535"),
+    ):
+        done = run(**changes)
+        assert done.returncode == 78 and words in done.stderr and secret[:16] not in done.stderr
+
+
+def test_an_address_that_cannot_be_had_is_named(server):
+    """P06: the port is taken, the address is not ours: exit 1, one line with the address."""
+    key = b64(public_pem(KEY))
+    done = run(JWT_PUBLIC_KEY_B64=key, PORT=str(server.port))
+    assert done.returncode == 1 and f"cannot listen on 127.0.0.1:{server.port}" in done.stderr
+    done = run(JWT_PUBLIC_KEY_B64=key, HOST="192.0.2.1")
+    assert done.returncode == 1 and "cannot listen on 192.0.2.1:0" in done.stderr
+    done = run(JWT_PUBLIC_KEY_B64=key, HOST="nowhere.invalid")
+    assert done.returncode == 1 and "cannot listen on nowhere.invalid:0" in done.stderr
+
+
+def test_dev_prints_commands_that_work(launch):
+    """The token and the curl line that `dev` prints are good as they stand."""
+    daemon = launch("dev", JWT_PUBLIC_KEY_B64="")
+    text = ""
+    while "What next" not in text:
+        text += daemon.process.stdout.readline()
+    assert "NOT FOR PRODUCTION" in text
+    address, body = re.search(r"curl http://(\S+)/broadcast -d '(.+)'", text).groups()
+    with connect(f"ws://{address}/ws") as client:
+        client.send(re.search(r"^ *(/subscribe news .+)$", text, re.MULTILINE)[1])
+        settle(client)
+        publisher = http.client.HTTPConnection(address, timeout=WAIT_S)
+        publisher.request("POST", "/broadcast", body)
+        assert json.loads(publisher.getresponse().read())["delivered"] == 1
+        publisher.close()
+        assert client.recv(timeout=WAIT_S) == "hello"
+    assert daemon.stop(signal.SIGINT)[0] == 0
+
+
+def test_keygen_token_and_check_work_together(tmp_path):
+    """Keys are made once, a token of theirs is explained, and a foreign one is not."""
+    done = run("keygen", tmp_path)
+    line = done.stdout.strip()
+    assert done.returncode == 0 and line.startswith("JWT_PUBLIC_KEY_B64=")
+    assert (tmp_path / "private.pem").stat().st_mode & 0o777 == 0o600
+    before = (tmp_path / "private.pem").read_bytes()
+    again = run("keygen", tmp_path)
+    assert again.returncode == 1 and "private.pem" in again.stderr
+    assert (tmp_path / "private.pem").read_bytes() == before
+    key = {"JWT_PUBLIC_KEY_B64": line.partition("=")[2]}
+    private = tmp_path / "private.pem"
+    token = run(
+        "token", "subscribe", "a", "b c", "--key", private, "--expires", "10m"
+    ).stdout.strip()
+    explained = run("check", token, **key)
+    assert explained.returncode == 0
+    assert re.fullmatch(r"subscribe: a, b c\ngood for another (599|600) s\n", explained.stdout)
+    prefix = run("token", "broadcast", "--prefix", "campaign:", NOTIFLUX_KEY_FILE=str(private))
+    assert "broadcast: campaign:..." in run("check", prefix.stdout.strip(), **key).stdout
+    assert "settings and key are good" in run("check", **key).stdout
+    foreign = run("check", make_token(), **key)
+    assert foreign.returncode == 1 and "no key known here" in foreign.stderr
+    assert run("check").returncode == 1
+    assert run("check", PORT="x", **key).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["token", "subscribe", "a"], 1, "--key or NOTIFLUX_KEY_FILE"),
+        (["token", "subscribe", "--key", "x"], 1, "expected a topic"),
+        (["token", "subscribe", "a", "--key", "missing.pem"], 1, "cannot read missing.pem"),
+        (["token", "subscribe", "a", "--key", "README.md"], 1, "EC P-256 private key"),
+        (["token", "listen", "a"], 2, "usage"),
+        (["token", "subscribe", "a", "--expires", "soon"], 2, "such as 60s"),
+        (["nothing"], 2, "usage"),
+        (["keygen", "/nowhere/at/all"], 1, "cannot write"),
+    ],
+)
+def test_a_wrong_call_says_what_is_right(arguments, code, words, monkeypatch, capsys):
+    """Exit codes 1 and 2, and a line that helps."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("NOTIFLUX_KEY_FILE", raising=False)
+    try:
+        found = notiflux.main(arguments)
+    except SystemExit as exit_:
+        found = exit_.code
+    assert (found, words in capsys.readouterr().err) == (code, True)
+
+
+def test_a_token_of_a_wrong_private_key_is_refused(tmp_path, capsys):
+    """`token` with a P-384 or RSA key says what it needs."""
+    for key in (P384_KEY, RSA_KEY):
+        (tmp_path / "key.pem").write_bytes(private_pem(key))
+        assert notiflux.main(["token", "subscribe", "a", "--key", f"{tmp_path}/key.pem"]) == 1
+        assert "expected an EC P-256 private key" in capsys.readouterr().err
+
+
+def test_help_and_version_are_everywhere(capsys):
+    """-h of the program and each command, --version; the program's help lists every setting."""
+    for arguments in (["-h"], ["dev", "-h"], ["keygen", "-h"], ["token", "-h"], ["check", "-h"]):
+        with pytest.raises(SystemExit) as caught:
+            notiflux.main(arguments)
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        if arguments == ["-h"]:
+            assert all(name.upper() in text for name in notiflux.Settings.__dataclass_fields__)
+    with pytest.raises(SystemExit):
+        notiflux.main(["--version"])
+    assert capsys.readouterr().out == f"notiflux {notiflux.VERSION}\n"
+
+
+def test_the_rust_programs_variable_is_taken(launch):
+    """WORKER_COUNT is accepted and ignored with one line."""
+    daemon = Process.__new__(Process)
+    daemon.process = subprocess.Popen(
+        [sys.executable, ROOT / "notiflux.py"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(WORKER_COUNT="4", JWT_PUBLIC_KEY_B64=b64(public_pem(KEY))),
+    )
+    try:
+        assert "ignored WORKER_COUNT" in daemon.process.stderr.readline()
+        daemon.log("listening")
+        assert daemon.stop()[0] == 0
+    finally:
+        daemon.kill()
+
+
+# --- The house's own rules ---
+
+TREE = ast.parse(SOURCE)
+FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def room(title):
+    """Return the source of one room."""
+    return SOURCE.partition(f"# --- {title}: ")[2].partition("\n# --- ")[0]
+
+
+def test_the_file_is_small():
+    """Lines, function lengths and the docstring keep to the house's bounds."""
+    assert SOURCE.count("\n") <= 2000
+    assert max(map(len, SOURCE.splitlines())) <= 100
+    assert {f.name for f in FUNCTIONS if f.end_lineno - f.body[0].lineno >= 50} == set()
+    assert ast.get_docstring(TREE).count("\n") < 40
+
+
+def test_nothing_reaches_down_the_file():
+    """A top-level name is used only below its definition, annotations aside."""
+    defined = {}
+    for node in TREE.body:
+        targets = getattr(node, "targets", [])
+        for name in [getattr(node, "name", None), *(getattr(t, "id", None) for t in targets)]:
+            defined[name] = node.lineno
+    for node in TREE.body:
+        annotations = set()
+        for inner in ast.walk(node):
+            for part in (getattr(inner, "annotation", None), getattr(inner, "returns", None)):
+                annotations |= set(map(id, ast.walk(part))) if part else set()
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Name) and id(inner) not in annotations:
+                assert defined.get(inner.id, 0) <= node.end_lineno, inner.id
+
+
+def test_the_process_is_touched_in_one_place():
+    """os.environ, print, sys.exit and signals belong to the command line; the hub is not async."""
+    above = SOURCE.partition("# --- Command line: ")[0].partition("# --- Errors: ")[2]
+    for word in ("os.environ", "print(", "sys.exit", "signal."):
+        assert word not in above, word
+    hub = room("Hub")
+    assert "async " not in hub and "await " not in hub and "asyncio" not in hub
+
+
+def test_broad_excepts_are_counted():
+    """One place catches everything, and says why; no assert guards an input."""
+    assert SOURCE.count("except Exception") == 1 and "except:" not in SOURCE
+    assert not [node for node in ast.walk(TREE) if isinstance(node, ast.Assert)]
+
+
+def test_log_calls_have_a_literal_format():
+    """No client text can be a format: log.level("literal", arguments)."""
+    calls = [
+        n
+        for n in ast.walk(TREE)
+        if isinstance(n, ast.Call)
+        and isinstance(n.func, ast.Attribute)
+        and getattr(n.func.value, "id", "") == "log"
+        and n.func.attr != "setLevel"
+    ]
+    assert len(calls) > 8
+    for call in calls:
+        literal = call.args[0]
+        assert isinstance(literal, ast.Constant)
+        assert literal.value.count("%") == len(call.args) - 1
+
+
+def test_every_function_of_another_room_has_a_docstring():
+    """Public names say what they promise."""
+    silent_names = [
+        n.name
+        for n in FUNCTIONS
+        if not n.name.startswith("_")
+        and not ast.get_docstring(n)
+        and n.name
+        not in (
+            "parse",
+            "serve",
+            "welcome",
+            "add",
+            "claim",  # inside of others
+            "data_received",
+            "connection_made",
+            "connection_lost",  # asyncio's own
+            "pause_writing",
+            "resume_writing",
+            "eof_received",
+            "format",
+            "deliver",
+        )
+    ]
+    assert silent_names == []
+
+
+def test_requirements_are_the_same_everywhere():
+    """requirements.txt, the script's own metadata and the check at the start agree."""
+    wanted = (ROOT / "requirements.txt").read_text().split()
+    inline = json.loads(re.search(r"^# dependencies = (\[.*\])$", SOURCE, re.MULTILINE)[1])
+    assert wanted[:-1] == inline and wanted[-1].startswith("pytest")
+    for line in inline:
+        name, major, minor = re.match(r"(\w+)>=(\d+)\.(\d+)", line).groups()
+        assert f'("{name}", ({major}, {minor}), ' in SOURCE
+
+
+def test_the_tree_is_what_the_design_says():
+    """At the top level: the program, its tests, requirements, README and systemd."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    top = {name.partition("/")[0] for name in listed.stdout.split() if name[0] != "."}
+    assert top == {"notiflux.py", "test_notiflux.py", "requirements.txt", "README.md", "systemd"}
+
+
+def test_readme_has_every_setting_and_command():
+    """README's table of settings is the program's; its commands are the program's."""
+    readme = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `([A-Z0-9_]+)` \| (.*?) \|", readme, re.MULTILINE))
+    for name, field in notiflux.Settings.__dataclass_fields__.items():
+        default = field.metadata["default"]
+        assert rows.pop(name.upper()) == (f"`{default}`" if default else "")
+    assert not rows
+    for command in ("dev", "keygen", "token", "check"):
+        assert f"notiflux.py {command}" in readme and f"notiflux.py {command}" in notiflux.__doc__
+
+
+def test_readmes_test_command_is_what_ci_runs():
+    """CI runs README's test command as it stands."""
+    command = re.search(r"^.*-m pytest$", (ROOT / "README.md").read_text(), re.MULTILINE)[0].strip()
+    assert command in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_environment_example_is_good():
+    """Every line of systemd/notiflux.env names a setting, and its values are accepted."""
+    values = {}
+    for line in (ROOT / "systemd" / "notiflux.env").read_text().splitlines():
+        if match := re.fullmatch(r"#?([A-Z0-9_]+)=(.*)", line):
+            values[match[1]] = match[2]
+    assert set(values) <= {name.upper() for name in notiflux.Settings.__dataclass_fields__}
+    notiflux.Settings.from_environment(values)
+
+
+def test_old_pythons_and_packages_are_told_so(tmp_path):
+    """O08: a missing or old package is one line that says how to get it, as is a broken one."""
+    for name, text, words in (
+        ("websockets", "raise ImportError('no websockets')", "no websockets"),
+        ("jwt", "__version__ = '1.7.1'", "PyJWT 1.7.1 is too old"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+        done = run("--version", PYTHONPATH=str(tmp_path))
+        (tmp_path / f"{name}.py").unlink()
+        assert done.returncode == 1 and words in done.stderr and "pip install" in done.stderr
+    done = run("--version", WEBSOCKETS_MAX_LINE_LENGTH="abc")
+    assert done.returncode == 1 and "abc" in done.stderr
+    assert "sys.version_info < (3, 11)" in SOURCE
