@@ -681,6 +681,7 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         server: websockets.asyncio.server.Server,
         *,
         shared: Shared,
+        json_mode: bool,
         **options: Any,
     ) -> None:
         super().__init__(protocol, server, **options)
@@ -689,7 +690,7 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         # per connection
         self.topics: set[str] = set()
         self._expiring: dict[str, int] = {}  # topic: when its subscription ends, since 1970
-        self._json_mode = False
+        self._json_mode = json_mode
         self._refused = 0
         self._pings_unanswered = 0
         self._ping_at = self.loop.time() + shared.settings.ping_interval
@@ -726,10 +727,8 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         self.transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._hub.leave(self)
         self._shared.connections.discard(self)
-        if self._abort is not None:
-            self._abort.cancel()
+        self._retire().cancel()  # commands may still be queued, and are not obeyed any more
         log.debug("disconnected peer=%s", peer_name(self.transport))
         super().connection_lost(exc)
 
@@ -781,11 +780,12 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         self.transport.write(frame)
         return True
 
-    def _retire(self) -> None:
-        """Leave every topic, and see to it that the connection ends."""
+    def _retire(self) -> asyncio.TimerHandle:
+        """Leave every topic, obey nothing more, and see to it that the connection ends."""
         if self._abort is None:
             self._hub.leave(self)
             self._abort = self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
+        return self._abort
 
     def _expire(self, now_s: float) -> None:
         for topic in [topic for topic, end in self._expiring.items() if end <= now_s]:
@@ -797,16 +797,14 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
 
     # commands
 
-    def choose_mode(self, request: HandshakeRequest, response: Response) -> None:
-        """Choose JSON mode where the client offers it: the hook before a handshake is answered.
+    def answer_handshake(self, request: object, response: Response) -> None:
+        """Name the subprotocol: the hook between a handshake and its answer.
 
         The `select_subprotocol` of serve() takes what create_connection made for this very
         connection (websockets 15.0 to 17.4), and that is an HTTPConnection here.
         """
-        offered = ",".join(request.headers.get_all("Sec-WebSocket-Protocol")).split(",")
-        if response.status_code == 101 and SUBPROTOCOL in (name.strip(" \t") for name in offered):
+        if self._json_mode and response.status_code == 101:
             response.headers["Sec-WebSocket-Protocol"] = SUBPROTOCOL
-            self._json_mode = True
 
     async def run(self) -> None:
         """Obey commands until the connection is closed."""
@@ -903,6 +901,10 @@ HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 TOKEN_LIST = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:[ \t]*,[ \t]*[!#$%&'*+.^_`|~0-9A-Za-z-]+)*")
 CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
+HANDSHAKE = (
+    "GET /ws HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {}\r\n\r\n"
+)
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 
 
@@ -924,13 +926,6 @@ class Request(HandshakeRequest):
     def keep_alive(self) -> bool:
         """Whether the connection may serve another request (RFC 9112 section 9.3)."""
         return self.version == (1, 1) and "close" not in self.tokens("Connection")
-
-    def handshake(self) -> bytes:
-        """Return the head for websockets to read: what was checked here, and nothing else."""
-        headers = self.headers.copy()
-        if "Content-Length" in headers:  # of zero; websockets 15 refuses even that
-            del headers["Content-Length"]
-        return f"GET {self.path} HTTP/1.1\r\n".encode() + headers.serialize()
 
 
 class RequestReader:
@@ -1104,7 +1099,7 @@ class HTTPConnection(asyncio.Protocol):
     def __init__(
         self,
         router: Router,
-        make_websocket: Callable[[], WebSocketSubscriber],
+        make_websocket: Callable[..., WebSocketSubscriber],
         shared: Shared,
     ) -> None:
         self._router = router
@@ -1115,7 +1110,7 @@ class HTTPConnection(asyncio.Protocol):
         self._reader = RequestReader(shared.settings.max_message_bytes)
         self.transport: asyncio.Transport
         self._writing_paused = False
-        self._draining = False  # the next answer is the last
+        self._draining = router.stopping  # the next answer is the last
         self._closing = False  # the last answer is written
         self._ended = False  # the client sends nothing more
         # per request
@@ -1250,10 +1245,14 @@ class HTTPConnection(asyncio.Protocol):
             raise Refusal(400, "bytes behind a handshake that was not answered yet")
         self._closing = True
         self._shared.connections.discard(self)
-        websocket = self._make_websocket()
+        offered = ",".join(request.headers.get_all("Sec-WebSocket-Protocol")).split(",")
+        json_mode = SUBPROTOCOL in (name.strip(" \t") for name in offered)
+        websocket = self._make_websocket(json_mode=json_mode)
         self.transport.set_protocol(websocket)
         websocket.connection_made(self.transport)
-        websocket.data_received(request.handshake())
+        # What was checked, and nothing else that a client may have put around it.
+        key = request.headers["Sec-WebSocket-Key"]
+        websocket.data_received(HANDSHAKE.format(key).encode())
 
 
 # --- Routes: where a path and a method become an answer. No bytes of HTTP. ---
@@ -1549,7 +1548,7 @@ class Daemon:
             **where,
             create_connection=self._create_connection,  # type: ignore[arg-type]
             process_request=self._router.process_request,
-            process_response=WebSocketSubscriber.choose_mode,  # type: ignore[arg-type]
+            process_response=WebSocketSubscriber.answer_handshake,  # type: ignore[arg-type]
             compression=None,
             server_header=None,
             max_size=COMMAND_MAX,
@@ -1596,7 +1595,9 @@ class Daemon:
                 connection.tick(loop.time())
         log.info("stopped connections_cut=%d", len(self.connections))
         self._cut()
-        await server.wait_closed()
+        # From Python 3.12 on this waits for TLS handshakes too, which nothing here can cut.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(server.wait_closed(), 0.5)
 
     def _cut(self) -> None:
         for connection in tuple(self.connections):

@@ -1431,6 +1431,25 @@ def read_frame(client):
     return head[0] & 15, client.recv(head[1], socket.MSG_WAITALL) if head[1] else b""
 
 
+def test_a_command_that_is_read_with_the_reset_is_not_obeyed(server):
+    """A subscribe that is queued when the connection goes does not bring the dead one back."""
+    clients = [server.connect() for _ in range(20)]
+    for client in clients:
+        client.sendall(handshake())
+        read_head(client)
+    stalled, go_on = threading.Event(), threading.Event()
+    server.loop.call_soon_threadsafe(lambda: (stalled.set(), go_on.wait(WAIT_S)))
+    assert stalled.wait(WAIT_S)
+    for client in clients:  # all of it waits in the kernel, and is read in one turn of the loop
+        client.sendall(
+            client_frame(f"/subscribe news {make_token()}") + client_frame("x", Opcode.PING)
+        )
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    go_on.set()
+    server.check_empty()
+
+
 def test_a_connection_that_is_reset_leaves_nothing(server):
     """W16: reset in the middle of its topics, a connection is out of every table."""
     clients = []
@@ -1736,6 +1755,11 @@ HTTP_ROWS = [  # (name, bytes, the statuses of the answers)
     ("H40 two keys", handshake("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="), [400]),
     *((f"H40 version {v}", handshake(version=v), [426]) for v in ("8", "99", "")),
     ("H40 two versions", handshake("Sec-WebSocket-Version: 13"), [400]),
+    (
+        "H40 a long header in a handshake",
+        handshake(padded(8192), "Sec-WebSocket-Protocol: a b"),
+        [400],
+    ),
     ("H40 elsewhere", handshake(target="/health"), [200]),
     ("H40 POST", handshake(method="POST"), [405]),
     ("H40 bad subprotocol", handshake("Sec-WebSocket-Protocol: a b"), [400]),
@@ -1867,6 +1891,13 @@ def test_a_handshake_after_a_request_is_served(server):
         assert b" 101 " in read_head(client)
         client.sendall(client_frame("/foo"))
         assert read_frame(client) == (1, b"Unknown command")
+
+
+def test_a_handshake_with_long_headers_is_served(server):
+    """What is within the bounds for a request is so for a handshake, with every websockets."""
+    with server.connect() as client:
+        client.sendall(handshake(padded(8192), *["A: b"] * 50))
+        assert b" 101 " in read_head(client)
 
 
 def test_frames_right_behind_the_handshake_wait_for_its_answer(server):
