@@ -48,6 +48,7 @@ import asyncio
 import base64
 import contextlib
 import email.utils
+import errno
 import functools
 import json
 import logging
@@ -1484,12 +1485,9 @@ def _connections_max(settings: Settings) -> int:
 
 def _check_stale(path: str) -> None:
     """Raise OSError where a server listens on a Unix socket; asyncio removes any other."""
-    with (
-        socket.socket(socket.AF_UNIX) as client,
-        contextlib.suppress(ConnectionError, FileNotFoundError),
-    ):
-        client.connect(path)
-        raise OSError(98, "address already in use")
+    with socket.socket(socket.AF_UNIX) as client:
+        if client.connect_ex(path) == 0:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 class Daemon:
