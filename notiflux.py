@@ -184,7 +184,8 @@ def _finite(number: str) -> float:
 
 
 def _integer(number: str) -> int:
-    _finite(number)
+    if len(number) > 300:
+        _finite(number)
     return int(number)
 
 
@@ -375,7 +376,7 @@ def load_keys(settings: Settings) -> tuple[ec.EllipticCurvePublicKey, ...]:
     except ValueError as exc:
         raise SettingsError(f"{expected} in base64, found what is not base64") from exc
     blocks = list(PEM_BLOCK.finditer(pem))
-    if not blocks:
+    if not blocks or len(blocks) != pem.count(b"-----BEGIN "):
         raise SettingsError(f"{expected}, found what is not PEM")
     try:
         return tuple(_public_key(block[1], block[0]) for block in blocks)
@@ -1264,6 +1265,7 @@ PREFLIGHT = {
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
     "Access-Control-Max-Age": "86400",
 }
+UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
 WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64: RFC 6455 section 4.1
 
 
@@ -1347,28 +1349,17 @@ class Router:
         """Raise Refusal unless this is a good WebSocket handshake (RFC 6455 section 4.2.1)."""
         if not isinstance(request, Request):
             request = Request(request.path, request.headers)
-        if "upgrade" not in request.tokens("Connection") or request.tokens("Upgrade") != [
-            "websocket"
-        ]:
-            raise Refusal(
-                426,
-                "this is a WebSocket endpoint, and the request is no handshake: "
-                "a proxy in front probably did not forward Upgrade",
-                Upgrade="websocket",
-                Connection="Upgrade",
-            )
+        upgrade = "upgrade" in request.tokens("Connection")
+        if not upgrade or request.tokens("Upgrade") != ["websocket"]:
+            why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
+            raise Refusal(426, why, **UPGRADE)
         versions = request.headers.get_all("Sec-WebSocket-Version")
         keys = request.headers.get_all("Sec-WebSocket-Key")
         if len(versions) != 1 or len(keys) != 1 or not WEBSOCKET_KEY.fullmatch(keys[0]):
             raise Refusal(400, "a malformed WebSocket handshake")
         if versions[0] != "13":
-            raise Refusal(
-                426,
-                "this server speaks WebSocket version 13",
-                Upgrade="websocket",
-                Connection="Upgrade",
-                Sec_WebSocket_Version="13",
-            )
+            why = "this server speaks WebSocket version 13"
+            raise Refusal(426, why, Sec_WebSocket_Version="13", **UPGRADE)
         request.tokens("Sec-WebSocket-Protocol")
         if self.stopping:
             raise Refusal(503, "the server is stopping", Retry_After="1")
@@ -1419,7 +1410,6 @@ class Router:
 
 
 # --- Observation: what the operator sees. ---
-
 
 PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}  # syslog's; else 3
 
@@ -1498,9 +1488,8 @@ class Daemon:
         self.settings = settings
         self.connections: set[HTTPConnection | WebSocketSubscriber] = set()
         self.hub = Hub(History())
-        self._shared = Shared(
-            settings, verifier, self.hub, self.connections, _connections_max(settings)
-        )
+        limit = _connections_max(settings)
+        self._shared = Shared(settings, verifier, self.hub, self.connections, limit)
         self._router = Router(self._shared)
         self._tls = _tls_context(settings)
         self._stop = asyncio.Event()
@@ -1668,10 +1657,8 @@ def _serve_until_stopped(settings: Settings, listening: Callable[[list[str]], No
     try:
         asyncio.run(serve())
     except OSError as exc:
-        address = (
-            settings.host if settings.host[:5] == "unix:" else f"{settings.host}:{settings.port}"
-        )
-        raise CommandError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
+        port = "" if settings.host.startswith("unix:") else f":{settings.port}"
+        raise CommandError(f"cannot listen on {settings.host}{port}: {exc.strerror}") from exc
     return 0
 
 
@@ -1691,10 +1678,10 @@ def dev_command(options: argparse.Namespace) -> int:
     private, public = _new_keys()
     encoded = base64.b64encode(public).decode()
     settings = _settings(JWT_PUBLIC_KEY_B64=encoded, JWT_PUBLIC_KEY_FILE="")
-    key = serialization.load_pem_private_key(private, None)
 
     def welcome(urls: list[str]) -> None:
-        tokens = {s: _sign(key, s, [], [""], 10 * 365 * 86400) for s in ("subscribe", "broadcast")}
+        year_s = 365 * 86400
+        tokens = {s: _sign(private, s, [], [""], year_s) for s in ("subscribe", "broadcast")}
         places = {"python": sys.executable, "http": urls[0], "ws": urls[0].replace("http", "ws", 1)}
         print(WELCOME.format(version=VERSION, **places, **tokens), flush=True)
 
@@ -1704,8 +1691,11 @@ def dev_command(options: argparse.Namespace) -> int:
 def keygen_command(options: argparse.Namespace) -> int:
     """make the key pair: private.pem signs tokens, public.pem is the daemon's"""
     private, public = _new_keys()
-    for name, mode, pem in (("private.pem", 0o600, private), ("public.pem", 0o644, public)):
-        path = Path(options.directory, name)
+    paths = [Path(options.directory, name) for name in ("private.pem", "public.pem")]
+    for path in paths:  # both before either, so that no half of a pair is left
+        if path.exists():
+            raise CommandError(f"cannot write {path}: it is there already")
+    for path, mode, pem in zip(paths, (0o600, 0o644), (private, public), strict=True):
         try:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(pem)

@@ -487,6 +487,7 @@ BAD_KEYS = [
     ("Ed25519", lambda: public_pem(ed25519.Ed25519PrivateKey.generate()), "an Ed25519 key"),
     ("certificate", certificate, "a certificate"),
     ("good and RSA", lambda: public_pem(KEY) + BAD_KEYS[6][1](), "an RSA key"),
+    ("good, and one cut off", lambda: public_pem(KEY) * 2 + public_pem(KEY)[:-20], "not PEM"),
     (
         "garbage in PEM",
         lambda: b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n",
@@ -2520,6 +2521,8 @@ def test_keygen_token_and_check_work_together(tmp_path):
     prefix = run("token", "broadcast", "--prefix", "campaign:", NOTIFLUX_KEY_FILE=str(private))
     assert "broadcast: campaign:..." in run("check", prefix.stdout.strip(), **key).stdout
     assert "settings and key are good" in run("check", **key).stdout
+    (tmp_path / "private.pem").unlink()
+    assert run("keygen", tmp_path).returncode == 1 and not private.exists()
     foreign = run("check", make_token(), **key)
     assert foreign.returncode == 1 and "no key known here" in foreign.stderr
     assert run("check").returncode == 1
