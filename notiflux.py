@@ -1171,7 +1171,7 @@ class HTTPConnection(asyncio.Protocol):
     def shut_down(self) -> None:
         """Let the next answer be the last; a connection that owes none ends with the next tick."""
         self._draining = True
-        if self._reader.empty:
+        if self._reader.empty and not self._closing and not self._writing_paused:
             self._deadline = self._loop.time()
 
     # requests and answers
@@ -1349,8 +1349,8 @@ class Router:
         """Raise Refusal unless this is a good WebSocket handshake (RFC 6455 section 4.2.1)."""
         if not isinstance(request, Request):
             request = Request(request.path, request.headers)
-        upgrade = "upgrade" in request.tokens("Connection")
-        if not upgrade or request.tokens("Upgrade") != ["websocket"]:
+        upgrade = "upgrade" in request.tokens("Connection") and request.version == (1, 1)
+        if not upgrade or request.tokens("Upgrade") != ["websocket"] or request.method != "GET":
             why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
             raise Refusal(426, why, **UPGRADE)
         versions = request.headers.get_all("Sec-WebSocket-Version")
@@ -1765,6 +1765,7 @@ def _parser() -> argparse.ArgumentParser:
         text = command.__doc__
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(command=command)
+        added.add_argument("--version", action="version", version=f"notiflux {VERSION}")
         return added
 
     add("dev", dev_command)

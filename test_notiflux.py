@@ -194,7 +194,8 @@ class Server:
         return asyncio.run_coroutine_threadsafe(run(), self.loop).result(WAIT_S)
 
     def stop(self):
-        self.loop.call_soon_threadsafe(self.daemon.stop)
+        with contextlib.suppress(RuntimeError):  # it has stopped already
+            self.loop.call_soon_threadsafe(self.daemon.stop)
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive(), "the server did not stop"
 
@@ -1763,6 +1764,8 @@ HTTP_ROWS = [  # (name, bytes, the statuses of the answers)
     ),
     ("H40 elsewhere", handshake(target="/health"), [200]),
     ("H40 POST", handshake(method="POST"), [405]),
+    ("H40 HEAD with all else", handshake(method="HEAD"), [426]),
+    ("H40 on 1.0", handshake().replace(b"HTTP/1.1", b"HTTP/1.0"), [426]),
     ("H40 bad subprotocol", handshake("Sec-WebSocket-Protocol: a b"), [400]),
     ("H41 two Origins", get("/health", "Origin: http://a", "Origin: http://b"), [400]),
     ("H41 any Origin", get("/health", "Origin: null"), [200]),
@@ -2302,6 +2305,23 @@ def test_ipv6_is_served(start, lines):
     assert [line for line in lines() if "refused peer=[::1]:" in line]
 
 
+def test_a_stop_lets_answers_be_taken_that_are_under_way(start):
+    """P01: a client that reads slowly still gets every answer that was written for it."""
+    server = start()
+    with server.connect() as client:
+        wait_for(lambda: server.daemon.connections)
+        (connection,) = server.daemon.connections
+        there = connection.transport.get_extra_info("socket")
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.sendall(get("/nowhere") * 700)
+        wait_for(lambda: connection._reader.empty and connection.transport.get_write_buffer_size())
+        server.loop.call_soon_threadsafe(server.daemon.stop)
+        wait_for(lambda: server.daemon._router.stopping)
+        answers = parse_answers(receive_all(client))
+    assert len(answers) == 700
+
+
 def test_one_subscriber_that_fails_does_not_hurt_the_others(server):
     """W24: a transport that is already gone is counted out, and the others still hear."""
     with server.subscriber(topics=["news"]) as one, server.subscriber(topics=["news"]) as two:
@@ -2570,9 +2590,10 @@ def test_help_and_version_are_everywhere(capsys):
         text = capsys.readouterr().out
         if arguments == ["-h"]:
             assert all(name.upper() in text for name in notiflux.Settings.__dataclass_fields__)
-    with pytest.raises(SystemExit):
-        notiflux.main(["--version"])
-    assert capsys.readouterr().out == f"notiflux {notiflux.VERSION}\n"
+    for arguments in (["--version"], ["dev", "--version"], ["check", "--version"]):
+        with pytest.raises(SystemExit):
+            notiflux.main(arguments)
+        assert capsys.readouterr().out == f"notiflux {notiflux.VERSION}\n"
 
 
 def test_the_rust_programs_variable_is_taken(launch):
