@@ -1301,7 +1301,7 @@ def test_expire_at_ends_a_subscription(mode, start):
         client.send(f"/subscribe stays {make_token(topics=['stays'], expire_at=soon)}")
         client.send(f"/subscribe news {make_token(expire_at=late)}")
         client.send(f"/subscribe news {make_token(expire_at=soon)}")
-        client.send(f"/subscribe stays {make_token(topics=['stays'], expire_at=late)}")
+        client.send(f"/subscribe stays {make_token(topics=['stays'])}")
         heard = []
         while not heard or "xpired" not in heard[-1]:
             heard.append(client.recv(timeout=WAIT_S))
@@ -1349,6 +1349,19 @@ def test_a_slow_subscriber_is_dropped_and_the_others_hear_everything(start, line
             range(len(frames) - 1)
         )
     assert len([line for line in lines() if "why=slow" in line]) == 1
+
+
+def test_a_slow_subscriber_gets_nothing_more_at_once(start):
+    """It has left its topics before the next broadcast, even one in the same turn of the loop."""
+    server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(client_frame(f"/subscribe news {make_token()}"))
+        wait_for(lambda: server.daemon.hub.topics)
+        hub = server.daemon.hub
+        counts = server.call(lambda: [hub.broadcast(["news"], "x" * 90_000)[1] for _ in range(300)])
+        assert counts[0] == 1 and counts == sorted(counts, reverse=True) and counts[-1] == 0
 
 
 def client_frame(data, opcode=Opcode.TEXT, **options):
@@ -2250,6 +2263,7 @@ def test_health_turns_to_503_and_work_is_refused_while_it_drains(server):
     try:
         (answer,) = server.ask(get())
         assert (answer.status, json.loads(answer.body)) == (503, {"status": "stopping"})
+        assert answer.headers["connection"] == "close"
         (answer,) = server.ask(post(BODY))
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         assert [answer.status for answer in server.ask(handshake())] == [503]
@@ -2460,6 +2474,7 @@ def test_a_stop_ends_everything_in_time(number, launch):
         subscriber = stack.enter_context(connect(f"ws://127.0.0.1:{daemon.port}/ws"))
         subscriber.send("/foo")
         assert subscriber.recv(timeout=WAIT_S) == "Unknown command"
+        began = time.monotonic()
         daemon.process.send_signal(number)
         daemon.log("stopping")
         finishing.sendall(get("/nowhere")[-5:])
@@ -2470,9 +2485,8 @@ def test_a_stop_ends_everything_in_time(number, launch):
         assert caught.value.rcvd.code == 1012
         assert receive_all(idle) == b""
         assert parse_frames(receive_all(mute))[0][1][:2] == struct.pack("!H", 1012)
-        began = time.monotonic()
         _, log = daemon.process.communicate(timeout=WAIT_S)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5  # far from every other time limit
     assert daemon.process.returncode == 0
     assert "Traceback" not in log and "Warning" not in log
 
