@@ -79,13 +79,13 @@ try:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey as PublicKey
     from websockets.datastructures import Headers
     from websockets.exceptions import ConnectionClosed
     from websockets.frames import Frame, Opcode
     from websockets.http11 import Request as HandshakeRequest
     from websockets.http11 import Response
     from websockets.protocol import State
-    from websockets.server import ServerProtocol
 except (ImportError, ValueError) as exc:  # ValueError: websockets reads variables of its own
     sys.exit(f"notiflux: cannot load a package it needs ({exc}); to install them: {INSTALL}")
 
@@ -334,7 +334,7 @@ PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----.{1,20000}?-----END \
 TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 
-def _public_key(label: bytes, pem: bytes) -> ec.EllipticCurvePublicKey:
+def _public_key(label: bytes, pem: bytes) -> PublicKey:
     """Return the P-256 key in one PEM block. Raises ValueError with what it is instead."""
     if b"PRIVATE KEY" in label:
         raise ValueError("a private key, which must stay with those who sign tokens")
@@ -344,7 +344,7 @@ def _public_key(label: bytes, pem: bytes) -> ec.EllipticCurvePublicKey:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm) as exc:
         raise ValueError("a PEM block that is no public key") from exc
-    if not isinstance(key, ec.EllipticCurvePublicKey):
+    if not isinstance(key, PublicKey):
         kind = type(key).__name__.strip("_").removesuffix("PublicKey")
         raise ValueError(f"{'a' if kind[0] == 'D' else 'an'} {kind} key")  # RSA, Ed25519; DSA
     if not isinstance(key.curve, ec.SECP256R1):
@@ -353,7 +353,7 @@ def _public_key(label: bytes, pem: bytes) -> ec.EllipticCurvePublicKey:
     return key
 
 
-def load_keys(settings: Settings) -> tuple[ec.EllipticCurvePublicKey, ...]:
+def load_keys(settings: Settings) -> tuple[PublicKey, ...]:
     """Return the public keys, at least one. Raises SettingsError that says what is wrong."""
     encoded, path = settings.jwt_public_key_b64, settings.jwt_public_key_file
     if not encoded and not path:
@@ -453,17 +453,13 @@ class TokenVerifier:
     use, and new keys empty the memory.
     """
 
-    def __init__(
-        self,
-        keys: Iterable[ec.EllipticCurvePublicKey],
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, keys: Iterable[PublicKey], clock: Callable[[], float] = time.time) -> None:
         self._jws = jwt.PyJWS(algorithms=["ES256"])
         self._clock = clock
         self._verified: dict[str, Claims] = {}
         self.replace_keys(keys)
 
-    def replace_keys(self, keys: Iterable[ec.EllipticCurvePublicKey]) -> None:
+    def replace_keys(self, keys: Iterable[PublicKey]) -> None:
         """Trust these keys from now on, and no others."""
         self._keys = tuple(keys)
         self._verified.clear()
@@ -675,16 +671,8 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
     or not at all, so frames never mix.
     """
 
-    def __init__(
-        self,
-        protocol: ServerProtocol,
-        server: websockets.asyncio.server.Server,
-        *,
-        shared: Shared,
-        json_mode: bool,
-        **options: Any,
-    ) -> None:
-        super().__init__(protocol, server, **options)
+    def __init__(self, *arguments: Any, shared: Shared, json_mode: bool, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._shared = shared
         self._hub = shared.hub
         # per connection
@@ -715,10 +703,9 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         super().pause_writing()
         self.transport.pause_reading()  # or its pings would go on adding pongs
         if self._abort is None:
-            log.warning(
-                "dropped peer=%s why=slow topics=%d", peer_name(self.transport), len(self.topics)
-            )
-            self._hub.leave(self)
+            peer = peer_name(self.transport)
+            log.warning("dropped peer=%s why=slow topics=%d", peer, len(self.topics))
+            self._retire()
             # Not now: the library may be in the middle of writing several frames.
             self.loop.call_soon(self.dismiss, 4100, "too slow: reconnect and resume")
 
@@ -762,11 +749,8 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         if now >= self._ping_at:
             # Counted, not timed: after a pause of the whole machine nobody is to blame.
             if self._pings_unanswered >= 2:
-                log.info(
-                    "dropped peer=%s why=silent topics=%d",
-                    peer_name(self.transport),
-                    len(self.topics),
-                )
+                peer = peer_name(self.transport)
+                log.info("dropped peer=%s why=silent topics=%d", peer, len(self.topics))
                 self.transport.abort()
                 return
             self._pings_unanswered += 1
@@ -1096,12 +1080,7 @@ class HTTPConnection(asyncio.Protocol):
     Requests are answered one after the other, in the order in which they came.
     """
 
-    def __init__(
-        self,
-        router: Router,
-        make_websocket: Callable[..., WebSocketSubscriber],
-        shared: Shared,
-    ) -> None:
+    def __init__(self, router: Router, make_websocket: Callable[..., Any], shared: Shared) -> None:
         self._router = router
         self._shared = shared
         # per connection
@@ -1465,9 +1444,7 @@ def _connections_max(settings: Settings) -> int:
     """Return how many connections to take. Raises SettingsError where files do not suffice."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64
     if (settings.max_connections or 1) > allowed:
-        raise SettingsError(
-            f"MAX_CONNECTIONS: expected at most {allowed}, the open-file limit less 64"
-        )
+        raise SettingsError(f"MAX_CONNECTIONS: expected at most {allowed}, as open files allow")
     return settings.max_connections or allowed
 
 
@@ -1612,16 +1589,10 @@ The tokens are good for every topic, until this stops. What next: README.md, "De
 def _new_keys() -> tuple[bytes, bytes]:
     """Return a new private key and its public key, in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
-    return (
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        ),
-        key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        ),
-    )
+    pem, unencrypted = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, unencrypted)
+    spki = serialization.PublicFormat.SubjectPublicKeyInfo
+    return private, key.public_key().public_bytes(pem, spki)
 
 
 def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], expires_s: float) -> str:
@@ -1748,12 +1719,8 @@ def _parser() -> argparse.ArgumentParser:
         f"  {f.name.upper()} ({f.metadata['default'] or 'unset'})\n      {f.metadata['meaning']}"
         for f in fields(Settings)
     )
-    parser = argparse.ArgumentParser(
-        "notiflux.py",
-        description=__doc__,
-        formatter_class=formatter,
-        epilog=f"Settings, from the environment:\n{table}",
-    )
+    parser = argparse.ArgumentParser("notiflux.py", description=__doc__, formatter_class=formatter)
+    parser.epilog = f"Settings, from the environment:\n{table}"
     parser.add_argument("--version", action="version", version=f"notiflux {VERSION}")
     parser.set_defaults(command=run_command)
     commands = parser.add_subparsers(title="commands", metavar="")
