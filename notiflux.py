@@ -68,9 +68,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 VERSION = "0.1.0"
-INSTALL = "python3 -m venv venv && venv/bin/pip install " + " ".join(
-    f"'{package}'" for package in ("websockets>=15.0.1", "PyJWT>=2.10.1", "cryptography>=43")
-)
+INSTALL = "python3 -m venv venv && venv/bin/pip install -U websockets PyJWT cryptography"
 try:
     import cryptography
     import jwt
@@ -79,7 +77,6 @@ try:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey as PublicKey
     from websockets.datastructures import Headers
     from websockets.exceptions import ConnectionClosed
     from websockets.frames import Frame, Opcode
@@ -124,6 +121,11 @@ log = logging.getLogger("notiflux")
 # RFC 9110's phrases, which Python has from 3.13 on
 PHRASES = {status.value: status.phrase for status in HTTPStatus}
 PHRASES |= {413: "Content Too Large", 414: "URI Too Long"}
+STATUS_HEADERS = {  # what such an answer always says: RFC 6750 section 3, RFC 6455 section 4.4
+    401: {"WWW-Authenticate": "Bearer"},
+    426: {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"},
+    503: {"Retry-After": "1"},
+}
 
 
 class CommandError(Exception):
@@ -151,9 +153,7 @@ class Refusal(Exception):
         known = {400: "invalid_request", 401: "invalid_token"}
         self.code = code or known.get(status) or PHRASES[status].lower().replace(" ", "_")
         self.detail = detail
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        if status == 401:
-            self.headers["WWW-Authenticate"] = "Bearer"  # RFC 6750 section 3
+        self.headers = STATUS_HEADERS.get(status, {}) | headers
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -229,22 +229,17 @@ def dump_json(value: Any) -> str:
 # --- Settings: what can be set. One table; parsing, errors and help all come from it. ---
 
 
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,18}", text) or not low <= int(text) <= high:
-            raise ValueError(f"a whole number from {low} to {high}")
-        return int(text)
-
-    return parse
-
-
-def _seconds(low: float, high: float) -> Callable[[str], float]:
+def _number(kind: str, pattern: str, low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not low <= float(text) <= high:
-            raise ValueError(f"seconds from {low:g} to {high:g}")
+        if not re.fullmatch(pattern, text) or not low <= float(text) <= high:
+            raise ValueError(f"{kind} from {low} to {high}")
         return int(text) if text.isdigit() else float(text)
 
     return parse
+
+
+_whole = functools.partial(_number, "a whole number", r"[0-9]{1,18}")
+_seconds = functools.partial(_number, "seconds", r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 
 def _host(text: str) -> str:
@@ -330,6 +325,7 @@ class Settings:
 
 # --- Tokens: who may do what. No sockets. ---
 
+PublicKey = ec.EllipticCurvePublicKey
 PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----.{1,20000}?-----END \1-----", re.DOTALL)
 TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
@@ -355,33 +351,30 @@ def _public_key(label: bytes, pem: bytes) -> PublicKey:
 
 def load_keys(settings: Settings) -> tuple[PublicKey, ...]:
     """Return the public keys, at least one. Raises SettingsError that says what is wrong."""
-    encoded, path = settings.jwt_public_key_b64, settings.jwt_public_key_file
-    if not encoded and not path:
+    encoded, path = settings.jwt_public_key_b64 or "", settings.jwt_public_key_file or ""
+    if bool(encoded) == bool(path):
         raise SettingsError(
-            "JWT_PUBLIC_KEY_B64, JWT_PUBLIC_KEY_FILE: expected one of them; "
+            "JWT_PUBLIC_KEY_B64, JWT_PUBLIC_KEY_FILE: expected exactly one of them; "
             "'notiflux.py keygen' makes a key, 'notiflux.py dev' runs without"
         )
-    if encoded and path:
-        raise SettingsError("JWT_PUBLIC_KEY_B64, JWT_PUBLIC_KEY_FILE: expected only one of them")
-    name = "JWT_PUBLIC_KEY_FILE" if path else "JWT_PUBLIC_KEY_B64"
-    expected = f"{name}: expected EC P-256 public keys in PEM"
+    expected = f"JWT_PUBLIC_KEY_{'FILE' if path else 'B64'}: expected EC P-256 public keys in PEM"
     try:
         if path:
             with open(path, "rb") as file:
                 pem = file.read(100_000)
         else:
-            pem = base64.b64decode("".join(cast(str, encoded).split()), validate=True)
+            pem = base64.b64decode("".join(encoded.split()), validate=True)
     except OSError as exc:
-        raise SettingsError(f"{expected}, found: {exc.strerror} ({printable(path or '')})") from exc
+        raise SettingsError(f"{expected}, found: {exc.strerror} ({printable(path)})") from exc
     except ValueError as exc:
         raise SettingsError(f"{expected} in base64, found what is not base64") from exc
-    blocks = list(PEM_BLOCK.finditer(pem))
-    if not blocks or len(blocks) != pem.count(b"-----BEGIN "):
-        raise SettingsError(f"{expected}, found what is not PEM")
     try:
-        return tuple(_public_key(block[1], block[0]) for block in blocks)
+        keys = tuple(_public_key(block[1], block[0]) for block in PEM_BLOCK.finditer(pem))
+        if not keys or len(keys) != pem.count(b"-----BEGIN "):
+            raise ValueError("what is not PEM")
     except ValueError as exc:
         raise SettingsError(f"{expected}, found {exc}") from exc
+    return keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,12 +402,9 @@ class Claims:
             raise Refusal(401, "the token's expire_at has passed")
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_text, value))
+def is_texts(value: Any) -> bool:
+    """Tell whether a JSON value is a list of strings."""
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _is_date(value: Any) -> bool:
@@ -435,11 +425,11 @@ def parse_claims(payload: Any) -> Claims:
         raise Refusal(401, "the token is malformed")
     if "aud" in payload:
         raise Refusal(401, "the token is for another audience: it has a claim aud")
-    claim("sub", _is_text)
+    claim("sub", lambda value: isinstance(value, str))
     return Claims(
         scope=claim("scope", lambda value: value in ("subscribe", "broadcast")),
-        topics=frozenset(claim("topics", _is_texts, "topic_prefixes" not in payload) or ()),
-        topic_prefixes=tuple(claim("topic_prefixes", _is_texts, required=False) or ()),
+        topics=frozenset(claim("topics", is_texts, "topic_prefixes" not in payload) or ()),
+        topic_prefixes=tuple(claim("topic_prefixes", is_texts, required=False) or ()),
         exp=claim("exp", _is_date),
         nbf=claim("nbf", _is_date, required=False),
         expire_at=claim("expire_at", _is_date, required=False),
@@ -552,9 +542,8 @@ class Message:
     @functools.cached_property
     def json_frame(self) -> bytes:
         """The message for JSON mode."""
-        return event_frame(
-            "message", topic=self.topic, id=self.id, time=self.time_ms, message=self.value
-        )
+        about = {"topic": self.topic, "id": self.id, "time": self.time_ms}
+        return event_frame("message", **about, message=self.value)
 
 
 class History:
@@ -652,7 +641,6 @@ class Shared:
 SUBPROTOCOL = "notiflux.v1"
 PING_FRAME = Frame(Opcode.PING, b"").serialize(mask=False)
 KEEPALIVE_FRAME = event_frame("keepalive")
-UNKNOWN_COMMAND = "Unknown command"
 INVALID_SUBSCRIBE = "Invalid subscribe command, it should be: /subscribe <topic> <token>"
 
 
@@ -671,7 +659,7 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
     or not at all, so frames never mix.
     """
 
-    def __init__(self, *arguments: Any, shared: Shared, json_mode: bool, **options: Any) -> None:
+    def __init__(self, shared: Shared, *arguments: Any, json_mode: bool, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._shared = shared
         self._hub = shared.hub
@@ -703,8 +691,7 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         super().pause_writing()
         self.transport.pause_reading()  # or its pings would go on adding pongs
         if self._abort is None:
-            peer = peer_name(self.transport)
-            log.warning("dropped peer=%s why=slow topics=%d", peer, len(self.topics))
+            log.warning("dropped peer=%s why=slow topics=%d", self._peer, len(self.topics))
             self._retire()
             # Not now: the library may be in the middle of writing several frames.
             self.loop.call_soon(self.dismiss, 4100, "too slow: reconnect and resume")
@@ -716,8 +703,12 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         self._shared.connections.discard(self)
         self._retire().cancel()  # commands may still be queued, and are not obeyed any more
-        log.debug("disconnected peer=%s", peer_name(self.transport))
+        log.debug("disconnected peer=%s", self._peer)
         super().connection_lost(exc)
+
+    @property
+    def _peer(self) -> str:
+        return peer_name(self.transport)
 
     # from the hub and the daemon
 
@@ -749,8 +740,7 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         if now >= self._ping_at:
             # Counted, not timed: after a pause of the whole machine nobody is to blame.
             if self._pings_unanswered >= 2:
-                peer = peer_name(self.transport)
-                log.info("dropped peer=%s why=silent topics=%d", peer, len(self.topics))
+                log.info("dropped peer=%s why=silent topics=%d", self._peer, len(self.topics))
                 self.transport.abort()
                 return
             self._pings_unanswered += 1
@@ -773,10 +763,8 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
 
     def _expire(self, now_s: float) -> None:
         for topic in [topic for topic, end in self._expiring.items() if end <= now_s]:
-            self._unsubscribe([topic])
-            if self._json_mode:
-                self._send(event_frame("unsubscribed", topics=[topic], error="token_expired"))
-            else:
+            self._unsubscribe([topic], error="token_expired")
+            if not self._json_mode:
                 self._send(text_frame(f"Subscription to {topic} expired"))
 
     # commands
@@ -793,17 +781,12 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
     async def run(self) -> None:
         """Obey commands until the connection is closed."""
         self.transport.resume_reading()
-        log.debug(
-            "connected peer=%s mode=%s",
-            peer_name(self.transport),
-            "json" if self._json_mode else "plain",
-        )
+        log.debug("connected peer=%s mode=%s", self._peer, "json" if self._json_mode else "plain")
         if self._json_mode:
             position, keepalive = self._hub.history.position, self._shared.settings.ping_interval
             self._send(event_frame("open", id=position, keepalive=keepalive))
         with contextlib.suppress(ConnectionClosed):
-            while True:
-                text = await self.recv()
+            async for text in self:
                 if isinstance(text, str) and self._abort is None:
                     self._obey(text.strip())
 
@@ -811,19 +794,17 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         """Obey one command; the grammar is the Rust program's: words, one space between them."""
         command, _, rest = text.partition(" ")
         words = rest.split(" ")
-        if not text.startswith("/"):
-            return
         if command == "/subscribe" and rest:
-            if len(words) not in (2, 3) or not all(words):
-                self._refuse("subscribe", Refusal(400, INVALID_SUBSCRIBE))
-            else:
+            if len(words) in (2, 3) and all(words):
                 self._subscribe(*words)
+            else:
+                self._refuse("subscribe", Refusal(400, INVALID_SUBSCRIBE))
         elif command == "/unsubscribe" and rest:
-            self._unsubscribe([rest], said=True)
+            self._unsubscribe([rest])
         elif text == "/unsubscribe-all":
-            self._unsubscribe(sorted(self.topics), said=True)
-        else:
-            self._refuse("command", Refusal(400, UNKNOWN_COMMAND))
+            self._unsubscribe(sorted(self.topics))
+        elif text.startswith("/"):
+            self._refuse("command", Refusal(400, "Unknown command"))
 
     def _subscribe(self, topic: str, token: str, since: str = "") -> None:
         try:
@@ -846,16 +827,16 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
             recovered = {"recovered": since == position} if "-" in since else {}
             self._send(event_frame("subscribed", topic=topic, id=position, replayed=0, **recovered))
 
-    def _unsubscribe(self, topics: list[str], said: bool = False) -> None:
+    def _unsubscribe(self, topics: list[str], **error: str) -> None:
         for topic in topics:
             self._hub.unsubscribe(self, topic)
             self._expiring.pop(topic, None)
-        if said and self._json_mode:
-            self._send(event_frame("unsubscribed", topics=topics))
+        if self._json_mode:
+            self._send(event_frame("unsubscribed", topics=topics, **error))
 
     def _refuse(self, operation: str, refusal: Refusal, topic: str | None = None) -> None:
         """Answer a refused command; the last one that is allowed ends the connection."""
-        log_refusal(peer_name(self.transport), operation, refusal)
+        log_refusal(self._peer, operation, refusal)
         if topic is not None and (CONTROL_CHARACTER.search(topic) or len(topic) > TOPIC_MAX):
             topic = printable(topic, 64)
         if self._json_mode:
@@ -906,11 +887,6 @@ class Request(HandshakeRequest):
             raise Refusal(400, "a malformed header")
         return [token.strip(" \t").lower() for token in value.split(",")] if value else []
 
-    @property
-    def keep_alive(self) -> bool:
-        """Whether the connection may serve another request (RFC 9112 section 9.3)."""
-        return self.version == (1, 1) and "close" not in self.tokens("Connection")
-
 
 class RequestReader:
     """Reads requests from bytes, strictly: a full match or a Refusal, never a repair.
@@ -922,10 +898,9 @@ class RequestReader:
     def __init__(self, body_max: int) -> None:
         self._body_max = body_max
         self._buffer = bytearray()
-        self._scanned = 0  # bytes of the buffer known to hold no line end
         self._budget = 0  # bytes that the lines of this head or chunk line may still take
         self._steps = self._read()
-        self.request: Request | None = None  # the one in progress, as far as it is known
+        self.request: Request | None = None  # the newest, as far as it is known
         self.stage = "idle"  # then "head", then "body"
         self.wants_continue = False  # the client waits for a 100 (RFC 9110 section 10.1.1)
 
@@ -935,56 +910,41 @@ class RequestReader:
 
     def next_request(self) -> Request | None:
         """Return the next complete request, None if more bytes are needed. Raises Refusal."""
-        try:
-            next(self._steps)
-        except StopIteration as stop:
-            self._steps = self._read()
-            self.stage = "idle"
-            self.request = None
-            return cast(Request, stop.value)
-        return None
+        return next(self._steps)
 
     @property
     def empty(self) -> bool:
         """Whether nothing is left of what was fed, not even part of a request."""
         return self.stage == "idle" and not self._buffer
 
-    def _read(self) -> Generator[None, None, Request]:
-        while not self._buffer:
-            yield
-        self.stage = "head"
-        self._budget = HEAD_MAX
-        line = yield from self._line(414)
-        if not line:  # one empty line before a request is tolerated: RFC 9112 section 2.2
-            line = yield from self._line(414)
-        self.request = request = self._request_line(line)
-        request.headers = yield from self._header_lines()
-        length = self._content_length(request)
-        if length != 0:
-            self.stage = "body"
-            if "100-continue" in request.tokens("Expect") and not self._buffer:
-                self.wants_continue = True
-            if length is None:
-                request.body = yield from self._chunks()
-            else:
-                request.body = yield from self._exactly(length)
-            self.wants_continue = False
-        return request
+    def _read(self) -> Generator[Request | None, None, None]:
+        while True:
+            while not self._buffer:
+                yield None
+            self.stage, self.request, self._budget = "head", None, HEAD_MAX
+            # One empty line before a request is tolerated: RFC 9112 section 2.2.
+            line = (yield from self._line(414)) or (yield from self._line(414))
+            self.request = request = self._request_line(line)
+            request.headers = yield from self._header_lines()
+            length = self._content_length(request)
+            if length != 0:
+                self.stage = "body"
+                expected = "100-continue" in request.tokens("Expect")
+                self.wants_continue = expected and not self._buffer
+                body = self._chunks() if length is None else self._exactly(length)
+                request.body = yield from body
+            self.stage = "idle"
+            yield request
 
     def _line(self, too_long: int) -> Generator[None, None, bytes]:
         """Read a line and drop its CRLF. Raises Refusal, with status `too_long` for a long one."""
-        end = 0
-        while not end:
-            end = self._buffer.find(b"\n", self._scanned) + 1
-            length = end or len(self._buffer) + 1  # its end is at least one byte more
-            if length > min(LINE_MAX + 2, self._budget):
+        limit = min(LINE_MAX + 2, self._budget)
+        while not (end := self._buffer.find(b"\n", 0, limit) + 1):
+            if len(self._buffer) >= limit:
                 raise Refusal(too_long, "a line, or all lines together, are too long")
-            if not end:
-                self._scanned = len(self._buffer)
-                yield
+            yield
         self._budget -= end
         line = yield from self._exactly(end)
-        self._scanned = 0
         if not line.endswith(b"\r\n"):
             raise Refusal(400, "a line that does not end in CRLF")
         return line[:-2]
@@ -1008,17 +968,15 @@ class RequestReader:
         return request
 
     def _header_lines(self) -> Generator[None, None, Headers]:
-        headers = Headers()
-        count = 0
+        headers: list[tuple[str, str]] = []
         while line := (yield from self._line(431)):
             match = HEADER_LINE.fullmatch(line)
             if not match:
                 raise Refusal(400, "a malformed header")
-            count += 1
-            if count > HEADERS_MAX:
+            if len(headers) == HEADERS_MAX:
                 raise Refusal(431, "more headers than are read")
-            headers[match[1].decode()] = match[2].strip(b" \t").decode("latin-1")
-        return headers
+            headers.append((match[1].decode(), match[2].strip(b" \t").decode("latin-1")))
+        return Headers(headers)
 
     def _content_length(self, request: Request) -> int | None:
         """Return the length of the body, None for chunked (RFC 9112 section 6). Raises Refusal."""
@@ -1069,9 +1027,7 @@ class RequestReader:
             body += chunk[:-2]
 
 
-@functools.lru_cache(1)
-def _http_date(now_s: int) -> str:
-    return email.utils.formatdate(now_s, usegmt=True)
+WebSocketMaker = Callable[..., WebSocketSubscriber]
 
 
 class HTTPConnection(asyncio.Protocol):
@@ -1080,16 +1036,15 @@ class HTTPConnection(asyncio.Protocol):
     Requests are answered one after the other, in the order in which they came.
     """
 
-    def __init__(self, router: Router, make_websocket: Callable[..., Any], shared: Shared) -> None:
-        self._router = router
+    def __init__(self, shared: Shared, router: Router, make_websocket: WebSocketMaker) -> None:
         self._shared = shared
+        self._router = router
         # per connection
         self._make_websocket = make_websocket
         self._loop = asyncio.get_running_loop()
         self._reader = RequestReader(shared.settings.max_message_bytes)
         self.transport: asyncio.Transport
         self._writing_paused = False
-        self._draining = router.stopping  # the next answer is the last
         self._closing = False  # the last answer is written
         self._ended = False  # the client sends nothing more
         # per request
@@ -1146,63 +1101,62 @@ class HTTPConnection(asyncio.Protocol):
             self._refuse(Refusal(408, f"the {self._reader.stage} took too long"))
 
     def shut_down(self) -> None:
-        """Let the next answer be the last; a connection that owes none ends with the next tick."""
-        self._draining = True
+        """End a connection that owes no answer with the next tick; another's next is its last."""
         if self._reader.empty and not self._closing and not self._writing_paused:
             self._deadline = self._loop.time()
 
     # requests and answers
 
     def _advance(self) -> None:
-        """Answer every request that is complete, then set the time that the next one has."""
+        """Answer every request that is complete, then wait for the next one's bytes."""
         try:
             while not self._closing and not self._writing_paused:
                 request = self._reader.next_request()
                 if request is None:
+                    self._wait()
                     break
                 self._stage = None
                 self._answer(request)
-            if self._ended and not self._closing and not self._writing_paused:
-                if not self._reader.empty:
-                    raise Refusal(400, "the request ended early")
-                self._close()
         except Refusal as refusal:
             self._refuse(refusal)
-        if self._reader.wants_continue and not self._closing:
+
+    def _wait(self) -> None:
+        """See to it that more bytes come, and in time. Raises Refusal where none will."""
+        if self._ended and not self._reader.empty:
+            raise Refusal(400, "the request ended early")
+        if self._ended:
+            self._close()
+            return
+        if self._reader.wants_continue:
             self._reader.wants_continue = False
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        stage = self._reader.stage
-        if stage != self._stage and not self._closing and not self._writing_paused:
-            self._stage = stage
-            self._deadline = self._loop.time() + TIMEOUTS_S[stage]
+        if self._reader.stage != self._stage:
+            self._stage = self._reader.stage
+            self._deadline = self._loop.time() + TIMEOUTS_S[self._reader.stage]
 
     def _answer(self, request: Request) -> None:
-        last = self._draining or not request.keep_alive  # may refuse, so before anything happens
+        # May refuse, so before anything happens. RFC 9112 section 9.3.
+        last = "close" in request.tokens("Connection") or request.version == (1, 0)
         response = self._router.process_request(self, request)
         if response is None:
             self._upgrade(request)
-            return
-        self._write(request, response, last)
-        if last:
-            self._close()
+        else:
+            self._write(request, response, last or self._router.stopping)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Answer what could not be read as a request, and end the connection."""
         request = self._reader.request
         self._write(request, self._router.refuse(self, request, refusal), True)
-        self._close()
 
     def _write(self, request: Request | None, response: Response, last: bool) -> None:
-        lines = [
-            f"HTTP/1.1 {response.status_code} {response.reason_phrase}",
-            f"Date: {_http_date(int(time.time()))}",
-            *(f"{name}: {value}" for name, value in response.headers.raw_items()),
-        ]
+        response.headers["Date"] = email.utils.formatdate(usegmt=True)
         if last:
-            lines.append("Connection: close")
-        head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-        without_body = request is not None and request.method == "HEAD"
-        self.transport.write(head if without_body else head + response.body)
+            response.headers["Connection"] = "close"
+        if request and request.method == "HEAD":
+            response.body = b""
+        self.transport.write(response.serialize())
+        if last:
+            self._close()
 
     def _close(self) -> None:
         """End the connection so that the client can read the last answer.
@@ -1242,7 +1196,6 @@ PREFLIGHT = {
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
     "Access-Control-Max-Age": "86400",
 }
-UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
 WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64: RFC 6455 section 4.1
 
 
@@ -1253,33 +1206,33 @@ class Router:
         self._shared = shared
         self.stopping = False
 
-    def process_request(self, connection: Any, request: Any) -> Response | None:
+    def process_request(self, connection: Any, request: HandshakeRequest) -> Response | None:
         """Return the answer, None to go on with a WebSocket handshake.
 
         The hook of websockets.asyncio.server.serve. HTTPConnection calls it for every request,
         and hands over only where it says None; websockets then asks again about the handshake.
         """
+        if not isinstance(request, Request):  # websockets' own: a GET, without a body
+            request = Request(request.path, request.headers)
         try:
             return self._route(request)
         except Refusal as refusal:
             return self.refuse(connection, request, refusal)
 
-    def refuse(self, connection: Any, request: Any, refusal: Refusal) -> Response:
+    def refuse(self, connection: Any, request: Request | None, refusal: Refusal) -> Response:
         """Return the answer that says no, and log it; `request` as far as it was read."""
         path = request.path.partition("?")[0] if request else ""
         operation = path.lstrip("/") if path in ROUTES else "request"
         log_refusal(peer_name(connection.transport), operation, refusal)
         body = {"error": refusal.code, "detail": refusal.detail}
-        return self._respond(request, refusal.status, body, refusal.headers)
+        return self._respond(request, refusal.status, body, **refusal.headers)
 
-    def _route(self, request: Any) -> Response | None:
+    def _route(self, request: Request) -> Response | None:
         self._check_origin(request)
-        # What websockets 15 and 16 read has no method, and is always a GET.
-        method = getattr(request, "method", "GET")
-        path = request.path
+        method, path = request.method, request.path
         allowed = ROUTES.get(path)
         if method == "OPTIONS" and (allowed or path == "*"):
-            return self._respond(request, 204, None, PREFLIGHT)
+            return self._respond(request, 204, None, **PREFLIGHT)
         if allowed is None:
             if path.partition("?")[0] in ROUTES:
                 raise Refusal(404, "this path takes no query; a token goes into a message or body")
@@ -1295,25 +1248,23 @@ class Router:
         status, word = (503, "stopping") if self.stopping else (200, "ok")
         return self._respond(request, status, {"status": word})
 
-    def _respond(
-        self, request: Any, status: int, value: Any, extra: Mapping[str, str] | None = None
-    ) -> Response:
+    def _respond(self, request: Request | None, status: int, value: Any, **more: str) -> Response:
         """Return a response with `value` as its JSON, None for one that never has a body."""
-        body = b"" if value is None else json.dumps(value).encode() + b"\n"
-        headers = Headers(extra or {})
+        headers, body = Headers(more), b""
         if value is not None:
-            headers["Content-Type"] = "application/json"
-            headers["Content-Length"] = str(len(body))
-        if self._shared.settings.allowed_origins is None:
+            body = json.dumps(value).encode() + b"\n"
+            headers.update({"Content-Type": "application/json", "Content-Length": str(len(body))})
+        allowed = self._shared.settings.allowed_origins
+        if allowed is None:
             headers["Access-Control-Allow-Origin"] = "*"
         else:
             headers["Vary"] = "Origin"
-            origins = [] if request is None else request.headers.get_all("Origin")
-            if len(origins) == 1 and origins[0].lower() in self._shared.settings.allowed_origins:
+            origins = request.headers.get_all("Origin") if request else []
+            if len(origins) == 1 and origins[0].lower() in allowed:
                 headers["Access-Control-Allow-Origin"] = origins[0].lower()
         return Response(status, PHRASES[status], headers, body)
 
-    def _check_origin(self, request: Any) -> None:
+    def _check_origin(self, request: Request) -> None:
         """Raise Refusal for a browser's page that ALLOWED_ORIGINS does not name (RFC 6454)."""
         origins = request.headers.get_all("Origin")
         if len(origins) > 1:
@@ -1322,26 +1273,23 @@ class Router:
         if origins and allowed is not None and origins[0].lower() not in allowed:
             raise Refusal(403, "this origin is not one of ALLOWED_ORIGINS")
 
-    def _check_handshake(self, request: Any) -> None:
+    def _check_handshake(self, request: Request) -> None:
         """Raise Refusal unless this is a good WebSocket handshake (RFC 6455 section 4.2.1)."""
-        if not isinstance(request, Request):
-            request = Request(request.path, request.headers)
         upgrade = "upgrade" in request.tokens("Connection") and request.version == (1, 1)
         if not upgrade or request.tokens("Upgrade") != ["websocket"] or request.method != "GET":
             why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
-            raise Refusal(426, why, **UPGRADE)
+            raise Refusal(426, why)
         versions = request.headers.get_all("Sec-WebSocket-Version")
         keys = request.headers.get_all("Sec-WebSocket-Key")
         if len(versions) != 1 or len(keys) != 1 or not WEBSOCKET_KEY.fullmatch(keys[0]):
             raise Refusal(400, "a malformed WebSocket handshake")
         if versions[0] != "13":
-            why = "this server speaks WebSocket version 13"
-            raise Refusal(426, why, Sec_WebSocket_Version="13", **UPGRADE)
+            raise Refusal(426, "this server speaks WebSocket version 13")
         request.tokens("Sec-WebSocket-Protocol")
         if self.stopping:
-            raise Refusal(503, "the server is stopping", Retry_After="1")
+            raise Refusal(503, "the server is stopping")
 
-    def _broadcast(self, request: Any) -> Response:
+    def _broadcast(self, request: Request) -> Response:
         try:
             body = parse_json(request.body)
         except ValueError as exc:
@@ -1351,10 +1299,9 @@ class Router:
         topics = self._topics(body)
         if "message" not in body:
             raise Refusal(400, "message is missing")
-        token = self._token(request, body)
-        self._shared.verifier.authorize(token, "broadcast", topics)
+        self._shared.verifier.authorize(self._token(request, body), "broadcast", topics)
         if self.stopping:
-            raise Refusal(503, "the server is stopping", Retry_After="1")
+            raise Refusal(503, "the server is stopping")
         message_id, delivered = self._shared.hub.broadcast(topics, body["message"])
         return self._respond(request, 200, {"id": message_id, "delivered": delivered})
 
@@ -1363,7 +1310,7 @@ class Router:
         if ("topic" in body) == ("topics" in body):
             raise Refusal(400, "either topic or topics is needed")
         topics = [body["topic"]] if "topic" in body else body["topics"]
-        if not isinstance(topics, list) or not all(isinstance(topic, str) for topic in topics):
+        if not is_texts(topics):
             raise Refusal(400, "topic is a string, topics a list of strings")
         if not 1 <= len(topics) <= TOPICS_PER_BROADCAST:
             raise Refusal(400, f"topics has 1 to {TOPICS_PER_BROADCAST} members")
@@ -1374,16 +1321,15 @@ class Router:
     def _token(self, request: Request, body: dict[str, Any]) -> str:
         """Return the token in the header or the body. Raises Refusal."""
         headers = request.headers.get_all("Authorization")
-        bearers = [value[7:].strip(" ") for value in headers if value[:7].lower() == "bearer "]
-        if len(headers) > 1 or (bearers and "token" in body):
+        tokens = [value[7:].strip(" ") for value in headers if value[:7].lower() == "bearer "]
+        tokens += [body["token"]] if "token" in body else []
+        if len(headers) > 1 or len(tokens) > 1:
             raise Refusal(400, "more than one token")
-        if bearers:
-            return bearers[0]
-        if "token" not in body:
+        if not tokens:
             raise Refusal(401, "no token: it goes into the body, or Authorization: Bearer")
-        if not isinstance(body["token"], str) or not body["token"]:
+        if not isinstance(tokens[0], str) or not tokens[0]:
             raise Refusal(400, "token is a string")
-        return body["token"]
+        return tokens[0]
 
 
 # --- Observation: what the operator sees. ---
@@ -1460,11 +1406,11 @@ class Daemon:
 
     def __init__(self, settings: Settings) -> None:
         verifier = TokenVerifier(load_keys(settings))
+        room = _connections_max(settings)
         self.settings = settings
         self.connections: set[HTTPConnection | WebSocketSubscriber] = set()
         self.hub = Hub(History())
-        limit = _connections_max(settings)
-        self._shared = Shared(settings, verifier, self.hub, self.connections, limit)
+        self._shared = Shared(settings, verifier, self.hub, self.connections, room)
         self._router = Router(self._shared)
         self._tls = _tls_context(settings)
         self._stop = asyncio.Event()
@@ -1523,10 +1469,8 @@ class Daemon:
 
     def _create_connection(self, *arguments: Any, **options: Any) -> Any:
         """Make what owns a new connection: the factory that serve() takes."""
-        make_websocket = functools.partial(
-            WebSocketSubscriber, *arguments, shared=self._shared, **options
-        )
-        return HTTPConnection(self._router, make_websocket, self._shared)
+        maker = functools.partial(WebSocketSubscriber, self._shared, *arguments, **options)
+        return HTTPConnection(self._shared, self._router, maker)
 
     def _url(self, listener: socket.socket) -> str:
         name = listener.getsockname()
@@ -1588,17 +1532,15 @@ The tokens are good for every topic, until this stops. What next: README.md, "De
 
 def _new_keys() -> tuple[bytes, bytes]:
     """Return a new private key and its public key, in PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    pem, unencrypted = serialization.Encoding.PEM, serialization.NoEncryption()
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, unencrypted)
-    spki = serialization.PublicFormat.SubjectPublicKeyInfo
+    key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
+    pkcs8, spki = serialization.PrivateFormat.PKCS8, serialization.PublicFormat.SubjectPublicKeyInfo
+    private = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
     return private, key.public_key().public_bytes(pem, spki)
 
 
 def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], expires_s: float) -> str:
     claims = {"sub": "notiflux", "exp": int(time.time() + expires_s), "scope": scope}
-    claims |= {"topics": topics} if topics else {}
-    claims |= {"topic_prefixes": prefixes} if prefixes else {}
+    claims |= {"topics": topics} | ({"topic_prefixes": prefixes} if prefixes else {})
     return jwt.encode(claims, key, "ES256")
 
 
@@ -1609,8 +1551,8 @@ def _duration(text: str) -> int:
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-def _serve_until_stopped(settings: Settings, listening: Callable[[list[str]], None]) -> int:
-    """Run the daemon in this process, with its signals, and return the exit code."""
+def _serve_until_stopped(settings: Settings, listening: Callable[[list[str]], None]) -> None:
+    """Run the daemon in this process, with its signals."""
     if os.environ.get("WORKER_COUNT"):
         log.info("ignored WORKER_COUNT: one process serves all")
 
@@ -1625,9 +1567,8 @@ def _serve_until_stopped(settings: Settings, listening: Callable[[list[str]], No
     try:
         asyncio.run(serve())
     except OSError as exc:
-        port = "" if settings.host.startswith("unix:") else f":{settings.port}"
-        raise CommandError(f"cannot listen on {settings.host}{port}: {exc.strerror}") from exc
-    return 0
+        where = settings.host + ("" if settings.host.startswith("unix:") else f":{settings.port}")
+        raise CommandError(f"cannot listen on {where}: {exc.strerror or exc}") from exc
 
 
 def _settings(**changes: str) -> Settings:
@@ -1636,12 +1577,12 @@ def _settings(**changes: str) -> Settings:
     return settings
 
 
-def run_command(options: argparse.Namespace) -> int:
+def run_command(options: argparse.Namespace) -> None:
     """run the daemon; its settings come from the environment"""
-    return _serve_until_stopped(_settings(), lambda urls: None)
+    _serve_until_stopped(_settings(), lambda urls: None)
 
 
-def dev_command(options: argparse.Namespace) -> int:
+def dev_command(options: argparse.Namespace) -> None:
     """run the daemon with a throwaway key, and print what to type next"""
     private, public = _new_keys()
     encoded = base64.b64encode(public).decode()
@@ -1653,10 +1594,10 @@ def dev_command(options: argparse.Namespace) -> int:
         places = {"python": sys.executable, "http": urls[0], "ws": urls[0].replace("http", "ws", 1)}
         print(WELCOME.format(version=VERSION, **places, **tokens), flush=True)
 
-    return _serve_until_stopped(settings, welcome)
+    _serve_until_stopped(settings, welcome)
 
 
-def keygen_command(options: argparse.Namespace) -> int:
+def keygen_command(options: argparse.Namespace) -> None:
     """make the key pair: private.pem signs tokens, public.pem is the daemon's"""
     private, public = _new_keys()
     paths = [Path(options.directory, name) for name in ("private.pem", "public.pem")]
@@ -1670,10 +1611,9 @@ def keygen_command(options: argparse.Namespace) -> int:
         except OSError as exc:
             raise CommandError(f"cannot write {path}: {exc.strerror}") from exc
     print(f"JWT_PUBLIC_KEY_B64={base64.b64encode(public).decode()}")
-    return 0
 
 
-def token_command(options: argparse.Namespace) -> int:
+def token_command(options: argparse.Namespace) -> None:
     """print a token that lets its holder subscribe or broadcast"""
     if not options.key:
         raise CommandError("--key or NOTIFLUX_KEY_FILE: expected the path of the private key")
@@ -1688,10 +1628,9 @@ def token_command(options: argparse.Namespace) -> int:
         raise CommandError(f"cannot read {options.key}: {exc.strerror}") from exc
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
         raise CommandError(f"{options.key}: expected an EC P-256 private key in PEM") from exc
-    return 0
 
 
-def check_command(options: argparse.Namespace) -> int:
+def check_command(options: argparse.Namespace) -> None:
     """check settings and key, or say what a token grants"""
     try:
         settings = _settings()
@@ -1702,7 +1641,7 @@ def check_command(options: argparse.Namespace) -> int:
         raise CommandError(str(exc)) from exc
     if options.token is None:
         print("settings and key are good")
-        return 0
+        return
     try:
         claims = verifier.verify(options.token)
     except Refusal as refusal:
@@ -1710,39 +1649,38 @@ def check_command(options: argparse.Namespace) -> int:
     topics = [*sorted(claims.topics), *(prefix + "..." for prefix in claims.topic_prefixes)]
     print(f"{claims.scope}: {', '.join(map(printable, topics))}")
     print(f"good for another {max(0, round(claims.exp - time.time()))} s")
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
     table = "\n".join(
         f"  {f.name.upper()} ({f.metadata['default'] or 'unset'})\n      {f.metadata['meaning']}"
         for f in fields(Settings)
     )
-    parser = argparse.ArgumentParser("notiflux.py", description=__doc__, formatter_class=formatter)
-    parser.epilog = f"Settings, from the environment:\n{table}"
+    epilog = f"Settings, from the environment:\n{table}"
+    parser = argparse.ArgumentParser("notiflux.py", description=__doc__, epilog=epilog)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--version", action="version", version=f"notiflux {VERSION}")
     parser.set_defaults(command=run_command)
     commands = parser.add_subparsers(title="commands", metavar="")
 
-    def add(name: str, command: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
-        text = command.__doc__
+    def add(command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        name, text = command.__name__.removesuffix("_command"), command.__doc__
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(command=command)
         added.add_argument("--version", action="version", version=f"notiflux {VERSION}")
         return added
 
-    add("dev", dev_command)
-    keygen = add("keygen", keygen_command)
+    add(dev_command)
+    keygen = add(keygen_command)
     keygen.add_argument("directory", nargs="?", default=".", help="where to (here)")
-    token = add("token", token_command)
+    token = add(token_command)
     token.add_argument("scope", choices=["subscribe", "broadcast"])
     token.add_argument("topic", nargs="*", help="a topic that the token is for")
     token.add_argument("--prefix", action="append", default=[], help="all topics that begin so")
     key_file = os.environ.get("NOTIFLUX_KEY_FILE")
     token.add_argument("--key", default=key_file, help="private.pem (NOTIFLUX_KEY_FILE)")
     token.add_argument("--expires", type=_duration, default=60, help="how long it is good (60s)")
-    check = add("check", check_command)
+    check = add(check_command)
     check.add_argument("token", nargs="?")
     return parser
 
@@ -1751,10 +1689,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, 1 for a failure, 78 for bad settings; argparse exits with 2."""
     options = _parser().parse_args(arguments)
     try:
-        return cast(int, options.command(options))
+        options.command(options)
     except CommandError as exc:
         print(f"notiflux: {exc}", file=sys.stderr)
         return exc.exit_code
+    return 0
 
 
 if __name__ == "__main__":
