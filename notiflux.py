@@ -107,6 +107,7 @@ HEAD_MAX = 16 * 1024  # bytes of a whole head, with its empty line
 HEADERS_MAX = 64
 CHUNK_LINE_MAX = 256  # bytes of a chunk's size line; extensions are short where they exist
 READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy for long
+REQUESTS_PER_TURN = 16  # answered before other connections have their turn of the loop
 TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75}  # each in all, however slowly bytes come
 WRITE_TIMEOUT_S = 10  # for a peer to take what is queued for it
 LINGER_S = 1  # for a peer to read the answer that ends its connection
@@ -242,11 +243,17 @@ _whole = functools.partial(_number, "a whole number", r"[0-9]{1,18}")
 _seconds = functools.partial(_number, "seconds", r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
 
 
+HOST_SETTING = re.compile(
+    r"[0-9A-Za-z_-]{1,63}(?:\.[0-9A-Za-z_-]{1,63})*\.?"  # a name, or an IPv4 address
+    r"|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[0-9A-Za-z_.-]+)?"  # an IPv6 address, with its zone
+)
+
+
 def _host(text: str) -> str:
     if text.startswith("unix:"):
         if not re.fullmatch(r"unix:/[^\0]{1,100}", text):
             raise ValueError("unix: and an absolute path of at most 100 characters")
-    elif not re.fullmatch(r"[0-9A-Za-z.:%_-]{1,253}", text):
+    elif len(text) > 253 or not HOST_SETTING.fullmatch(text):
         raise ValueError("a host name, an address, or unix:/path")
     return text
 
@@ -857,14 +864,14 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
 REQUEST_LINE = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) "
     # RFC 3986's characters, no control characters behind a %, no fragment; RFC 9112 section 3.2
-    rb"(?:[hH][tT][tT][pP][sS]?://[0-9A-Za-z.:\[\]_-]+)?"
+    rb"(?:[hH][tT][tT][pP][sS]?://([0-9A-Za-z.:\[\]_-]+))?"
     rb"(\*|(?:/(?:[0-9A-Za-z._~!$&'()*+,;=:@/-]|%(?:[2-689A-Fa-f][0-9A-Fa-f]|7[0-9A-Ea-e]))*"
     rb"(?:\?(?:[0-9A-Za-z._~!$&'()*+,;=:@/?-]|%(?:[2-689A-Fa-f][0-9A-Fa-f]|7[0-9A-Ea-e]))*)?)?)"
     rb" HTTP/([0-9])\.([0-9])"
 )
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-TOKEN_LIST = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+(?:[ \t]*,[ \t]*[!#$%&'*+.^_`|~0-9A-Za-z-]+)*")
+MEMBER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 HANDSHAKE = (
     "GET /ws HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -882,10 +889,12 @@ class Request(HandshakeRequest):
 
     def tokens(self, name: str) -> list[str]:
         """Return a list-valued header's members, lower case. Raises Refusal where it is none."""
-        value = ",".join(self.headers.get_all(name))
-        if value and not TOKEN_LIST.fullmatch(value):
+        members = ",".join(self.headers.get_all(name)).lower().split(",")
+        # Empty ones are nothing: RFC 9110 section 5.6.1.
+        members = [member for member in (member.strip(" \t") for member in members) if member]
+        if not all(map(MEMBER.fullmatch, members)):
             raise Refusal(400, "a malformed header")
-        return [token.strip(" \t").lower() for token in value.split(",")] if value else []
+        return members
 
 
 class RequestReader:
@@ -929,12 +938,13 @@ class RequestReader:
             length = self._content_length(request)
             if length != 0:
                 self.stage = "body"
-                expected = "100-continue" in request.tokens("Expect")
+                expected = request.version == (1, 1) and "100-continue" in request.tokens("Expect")
                 self.wants_continue = expected and not self._buffer
                 body = self._chunks() if length is None else self._exactly(length)
                 request.body = yield from body
             self.stage = "idle"
             yield request
+            request.body = b""  # or an idle connection would keep it
 
     def _line(self, too_long: int) -> Generator[None, None, bytes]:
         """Read a line and drop its CRLF. Raises Refusal, with status `too_long` for a long one."""
@@ -958,9 +968,12 @@ class RequestReader:
 
     def _request_line(self, line: bytes) -> Request:
         match = REQUEST_LINE.fullmatch(line)
-        if not match or (match[2] == b"*" and match[1] != b"OPTIONS"):
+        if not match:
             raise Refusal(400, "a malformed request line")
-        method, target, major, minor = (part.decode() for part in match.groups())
+        method, authority, target, major, minor = (part.decode() for part in match.groups(b""))
+        elsewhere = authority and (target == "*" or not HOST.fullmatch(authority))
+        if elsewhere or not (authority or target) or (target == "*" and method != "OPTIONS"):
+            raise Refusal(400, "a malformed request line")
         if major != "1" or minor not in "01":
             raise Refusal(505, "this server speaks HTTP/1.1")
         request = Request(target or "/", Headers())
@@ -988,11 +1001,11 @@ class RequestReader:
             raise Refusal(400, "a malformed Host header")
         codings, lengths = headers.get_all("Transfer-Encoding"), headers.get_all("Content-Length")
         if codings:
-            coding = request.tokens("Transfer-Encoding")
-            if lengths or len(codings) > 1 or not coding or request.version == (1, 0):
+            if lengths or len(codings) > 1 or request.version == (1, 0):
                 raise Refusal(400, "a body of ambiguous length")
-            if coding != ["chunked"]:
-                raise Refusal(501, "a transfer coding other than chunked")
+            if codings[0].lower() != "chunked":  # exactly, since others may read a list otherwise
+                known = all(MEMBER.fullmatch(member.strip(" ")) for member in codings[0].split(","))
+                raise Refusal(501 if known else 400, "a transfer coding other than chunked")
         elif lengths and (len(lengths) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0])):
             raise Refusal(400, "a malformed Content-Length")
         length = None if codings else int(lengths[0]) if lengths else 0
@@ -1080,7 +1093,6 @@ class HTTPConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._writing_paused = False
         self._stage = None
-        self.transport.resume_reading()
         self._advance()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1110,15 +1122,20 @@ class HTTPConnection(asyncio.Protocol):
     def _advance(self) -> None:
         """Answer every request that is complete, then wait for the next one's bytes."""
         try:
-            while not self._closing and not self._writing_paused:
+            for _ in range(REQUESTS_PER_TURN):
+                if self._closing or self._writing_paused:
+                    return
                 request = self._reader.next_request()
                 if request is None:
                     self._wait()
-                    break
+                    return
                 self._stage = None
                 self._answer(request)
         except Refusal as refusal:
             self._refuse(refusal)
+        else:  # there may be more, after the others had their turn
+            self.transport.pause_reading()
+            self._loop.call_soon(self._advance)
 
     def _wait(self) -> None:
         """See to it that more bytes come, and in time. Raises Refusal where none will."""
@@ -1127,6 +1144,7 @@ class HTTPConnection(asyncio.Protocol):
         if self._ended:
             self._close()
             return
+        self.transport.resume_reading()
         if self._reader.wants_continue:
             self._reader.wants_continue = False
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1379,7 +1397,7 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 and newer
     context.set_alpn_protocols(["http/1.1"])
     try:
-        context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file)
+        context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
     except OSError as exc:  # ssl.SSLError is one
         expected = "a certificate chain in PEM and its key"
         raise SettingsError(f"TLS_CERT_FILE, TLS_KEY_FILE: expected {expected}") from exc
@@ -1397,8 +1415,9 @@ def _connections_max(settings: Settings) -> int:
 def _check_stale(path: str) -> None:
     """Raise OSError where a server listens on a Unix socket; asyncio removes any other."""
     with socket.socket(socket.AF_UNIX) as client:
-        if client.connect_ex(path) == 0:
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        error = client.connect_ex(path) or errno.EADDRINUSE
+    if error not in (errno.ECONNREFUSED, errno.ENOENT):
+        raise OSError(error, os.strerror(error))
 
 
 class Daemon:
@@ -1416,11 +1435,16 @@ class Daemon:
         self._stop = asyncio.Event()
 
     async def run(self, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
-        """Serve until stop() is called. Raises OSError where the address cannot be had.
+        """Serve until stop() is called. Raises CommandError where the address cannot be had.
 
         `listening` is called with the URLs once connections are accepted.
         """
-        server = await self._serve()
+        try:
+            server = await self._serve()
+        except OSError as exc:
+            port = "" if self.settings.host.startswith("unix:") else f":{self.settings.port}"
+            address = f"{self.settings.host}{port}"
+            raise CommandError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
         urls = [self._url(listener) for listener in server.sockets]
         for url in urls:
             log.info("listening url=%s version=%s", url, VERSION)
@@ -1564,11 +1588,7 @@ def _serve_until_stopped(settings: Settings, listening: Callable[[list[str]], No
         loop.add_signal_handler(signal.SIGHUP, daemon.reload)
         await daemon.run(listening)
 
-    try:
-        asyncio.run(serve())
-    except OSError as exc:
-        where = settings.host + ("" if settings.host.startswith("unix:") else f":{settings.port}")
-        raise CommandError(f"cannot listen on {where}: {exc.strerror or exc}") from exc
+    asyncio.run(serve())
 
 
 def _settings(**changes: str) -> Settings:
@@ -1587,6 +1607,8 @@ def dev_command(options: argparse.Namespace) -> None:
     private, public = _new_keys()
     encoded = base64.b64encode(public).decode()
     settings = _settings(JWT_PUBLIC_KEY_B64=encoded, JWT_PUBLIC_KEY_FILE="")
+    if settings.host.startswith("unix:"):
+        raise SettingsError("HOST: expected an address; what dev prints needs one")
 
     def welcome(urls: list[str]) -> None:
         year_s = 365 * 86400
@@ -1600,6 +1622,8 @@ def dev_command(options: argparse.Namespace) -> None:
 def keygen_command(options: argparse.Namespace) -> None:
     """make the key pair: private.pem signs tokens, public.pem is the daemon's"""
     private, public = _new_keys()
+    with contextlib.suppress(OSError):  # where it cannot be made, the first file says why
+        Path(options.directory).mkdir(0o700, exist_ok=True)
     paths = [Path(options.directory, name) for name in ("private.pem", "public.pem")]
     for path in paths:  # both before either, so that no half of a pair is left
         if path.exists():
@@ -1616,18 +1640,23 @@ def keygen_command(options: argparse.Namespace) -> None:
 def token_command(options: argparse.Namespace) -> None:
     """print a token that lets its holder subscribe or broadcast"""
     if not options.key:
-        raise CommandError("--key or NOTIFLUX_KEY_FILE: expected the path of the private key")
+        options.wrong_usage("--key or NOTIFLUX_KEY_FILE: expected the path of the private key")
     if not options.topic and not options.prefix:
-        raise CommandError("expected a topic, or --prefix")
+        options.wrong_usage("expected a topic, or --prefix")
     try:
         key = serialization.load_pem_private_key(Path(options.key).read_bytes(), None)
-        if not isinstance(getattr(key, "curve", None), ec.SECP256R1):
+        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
             raise ValueError("another kind of key")
-        print(_sign(key, options.scope, options.topic, options.prefix, options.expires))
     except OSError as exc:
         raise CommandError(f"cannot read {options.key}: {exc.strerror}") from exc
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
         raise CommandError(f"{options.key}: expected an EC P-256 private key in PEM") from exc
+    token = _sign(key, options.scope, options.topic, options.prefix, options.expires)
+    try:
+        TokenVerifier([key.public_key()]).verify(token)
+    except Refusal as refusal:  # too long, or a topic that is no text
+        raise CommandError(f"no daemon would take this token: {refusal}") from refusal
+    print(token)
 
 
 def check_command(options: argparse.Namespace) -> None:
@@ -1674,6 +1703,7 @@ def _parser() -> argparse.ArgumentParser:
     keygen = add(keygen_command)
     keygen.add_argument("directory", nargs="?", default=".", help="where to (here)")
     token = add(token_command)
+    token.set_defaults(wrong_usage=token.error)
     token.add_argument("scope", choices=["subscribe", "broadcast"])
     token.add_argument("topic", nargs="*", help="a topic that the token is for")
     token.add_argument("--prefix", action="append", default=[], help="all topics that begin so")
@@ -1690,9 +1720,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
+        sys.stdout.flush()
     except CommandError as exc:
         print(f"notiflux: {exc}", file=sys.stderr)
         return exc.exit_code
+    except OSError as exc:  # standard output is full, or closed
+        print(f"notiflux: cannot write: {exc.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would try once more, and fail
+        return 1
     return 0
 
 

@@ -404,7 +404,10 @@ BAD_SETTINGS = [
         ("PORT", value)
         for value in ("-1", "65536", "abc", " ", "8080 ", "1e3", "٣", "0x50", "80.0")
     ),
-    *(("HOST", value) for value in ("a b", "unix:relative", "unix:", "\n", "höst")),
+    *(
+        ("HOST", value)
+        for value in ("a b", "unix:relative", "unix:", "\n", "höst", "a..b", "x" * 64, ".a", "a:%")
+    ),
     *(("HISTORY_SIZE", value) for value in ("-1", "1.5", "1_000", "9" * 30)),
     *(("HISTORY_SECONDS", value) for value in ("-1", "inf", "nan", "1e3", "")[:4]),
     *(("PING_INTERVAL", value) for value in ("0", "0.01", "x", "99999999")),
@@ -1573,6 +1576,11 @@ HTTP_ROWS = [  # (name, bytes, the statuses of the answers)
         for t in ("\0", "\x1b", "\x07", "\r", "\x7f", "\xff", "%0a", "%1b", "%00", "%7F")
     ),
     ("H11 two spaces", b"GET  /health HTTP/1.1\r\nHost: h\r\n\r\n", [400]),
+    ("H11 two spaces and no target", b"GET  HTTP/1.1\r\nHost: h\r\n\r\n", [400]),
+    ("H08 absolute form, a bad host", get("http://:::[[/health"), [400]),
+    ("H08 absolute form, a star", get("http://h*", method="OPTIONS"), [400]),
+    ("H37 an empty member", get("/health", "Connection: keep-alive,,", "Expect:") * 2, [200, 200]),
+    ("a malformed list, HEAD", get("/health", "Connection: @", method="HEAD"), [400]),
     ("H11 tab", b"GET\t/health HTTP/1.1\r\nHost: h\r\n\r\n", [400]),
     ("H11 leading space", b" GET /health HTTP/1.1\r\nHost: h\r\n\r\n", [400]),
     ("H11 trailing space", b"GET /health HTTP/1.1 \r\nHost: h\r\n\r\n", [400]),
@@ -1903,6 +1911,47 @@ def test_100_continue_comes_before_the_body_is_sent(server):
         assert read_head(client) == b"HTTP/1.1 100 Continue\r\n\r\n"
         client.sendall(BODY)
         assert read_head(client).startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_old_client_gets_no_100(server):
+    """H36: HTTP/1.0 knows no 100 Continue."""
+    with server.connect() as client:
+        client.sendall(post(BODY, "Expect: 100-continue", version="1.0")[: -len(BODY)])
+        client.sendall(BODY)
+        assert read_head(client).startswith(b"HTTP/1.1 200 ")
+
+
+def test_an_idle_connection_keeps_no_body(server):
+    """I5: what a request brought is gone when it was answered."""
+    with server.connect() as client:
+        client.sendall(post(broadcast_body("x" * 100_000)))
+        read_head(client)
+        (connection,) = server.daemon.connections
+        wait_for(lambda: connection._stage == "idle")
+        assert connection._reader.request.body == b"" and connection._reader.empty
+
+
+def test_a_pipeline_lets_others_have_their_turn(server):
+    """I6: of many requests that are read at once, a few are answered in one turn of the loop."""
+    turns = []
+
+    def look():
+        turns.append(len(answered))
+        if len(answered) < 320:
+            server.loop.call_soon(look)
+
+    answered = []
+    process = server.daemon._router.process_request
+    server.daemon._router.process_request = lambda *both: (answered.append(1), process(*both))[1]
+    try:
+        with server.connect() as client:
+            server.call(look)
+            client.sendall(get() * 320)
+            client.shutdown(socket.SHUT_WR)
+            assert len(parse_answers(receive_all(client))) == 320
+    finally:
+        del server.daemon._router.process_request
+    assert max(b - a for a, b in zip(turns, turns[1:], strict=False)) <= 16
 
 
 def test_a_handshake_after_a_request_is_served(server):
@@ -2598,8 +2647,8 @@ def test_keygen_token_and_check_work_together(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["token", "subscribe", "a"], 1, "--key or NOTIFLUX_KEY_FILE"),
-        (["token", "subscribe", "--key", "x"], 1, "expected a topic"),
+        (["token", "subscribe", "a"], 2, "--key or NOTIFLUX_KEY_FILE"),
+        (["token", "subscribe", "--key", "x"], 2, "expected a topic"),
         (["token", "subscribe", "a", "--key", "missing.pem"], 1, "cannot read missing.pem"),
         (["token", "subscribe", "a", "--key", "README.md"], 1, "EC P-256 private key"),
         (["token", "listen", "a"], 2, "usage"),
@@ -2801,6 +2850,34 @@ def test_the_environment_example_is_good():
             values[match[1]] = match[2]
     assert set(values) <= {name.upper() for name in notiflux.Settings.__dataclass_fields__}
     notiflux.Settings.from_environment(values)
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["keygen"], ["dev"]])
+def test_output_that_cannot_be_written_is_one_line(arguments, tmp_path):
+    """A full disk behind standard output: exit 1 and a line, no traceback."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "notiflux.py", *arguments],
+            env=environment(JWT_PUBLIC_KEY_B64=b64(public_pem(KEY))),
+            cwd=tmp_path,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+    assert done.returncode and "Traceback" not in done.stderr and "cannot listen" not in done.stderr
+
+
+def test_a_token_that_no_daemon_would_take_is_not_printed(tmp_path, capsys):
+    """More topics than 8 KiB hold: exit 1 and the reason."""
+    (tmp_path / "key.pem").write_bytes(private_pem(KEY))
+    key = f"{tmp_path}/key.pem"
+    assert notiflux.main(["token", "subscribe", *(["x" * 500] * 20), "--key", key]) == 1
+    assert capsys.readouterr() == (
+        "",
+        "notiflux: no daemon would take this token: the token is malformed\n",
+    )
 
 
 def test_old_pythons_and_packages_are_told_so(tmp_path):
