@@ -68,7 +68,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 VERSION = "0.1.0"
-INSTALL = "python3 -m venv venv && venv/bin/pip install -U websockets PyJWT cryptography"
+INSTALL = "python3 -m venv venv && venv/bin/pip install 'websockets<18' 'PyJWT<3' cryptography"
 try:
     import cryptography
     import jwt
@@ -422,11 +422,10 @@ def parse_claims(payload: Any) -> Claims:
     """Return the claims in a token's payload. Raises Refusal for a missing or wrong one."""
 
     def claim(name: str, good: Callable[[Any], bool], required: bool = True) -> Any:
-        if name not in payload and not required:
-            return None
-        if name not in payload or not good(payload[name]):
+        value = payload.get(name)
+        if not good(value) and (required or name in payload):
             raise Refusal(401, f"the token's claim {name} is missing or wrong")
-        return payload[name]
+        return value
 
     if not isinstance(payload, dict):
         raise Refusal(401, "the token is malformed")
@@ -513,7 +512,7 @@ SINCE = re.compile(r"latest|all|[0-9a-f]{1,32}-[0-9]{1,19}")
 
 def check_topic(topic: str) -> None:
     """Raise Refusal unless `topic` is 1 to 512 bytes of UTF-8 without control characters."""
-    if not topic or len(topic) > TOPIC_MAX or len(topic.encode()) > TOPIC_MAX:
+    if not 1 <= len(topic.encode()) <= TOPIC_MAX:
         raise Refusal(400, "a topic is 1 to 512 bytes long")
     if CONTROL_CHARACTER.search(topic):
         raise Refusal(400, "a topic has no control characters")
@@ -847,7 +846,7 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         if topic is not None and (CONTROL_CHARACTER.search(topic) or len(topic) > TOPIC_MAX):
             topic = printable(topic, 64)
         if self._json_mode:
-            command = f"/{operation}" if operation == "subscribe" else None
+            command = "/subscribe" if operation == "subscribe" else None
             members = {"error": refusal.code, "detail": refusal.detail, "command": command}
             self._send(event_frame("error", **members, topic=topic))
         elif topic is not None:
@@ -935,7 +934,7 @@ class RequestReader:
             line = (yield from self._line(414)) or (yield from self._line(414))
             self.request = request = self._request_line(line)
             request.headers = yield from self._header_lines()
-            length = self._content_length(request)
+            length = self._check_head(request)
             if length != 0:
                 self.stage = "body"
                 expected = request.version == (1, 1) and "100-continue" in request.tokens("Expect")
@@ -991,8 +990,8 @@ class RequestReader:
             headers.append((match[1].decode(), match[2].strip(b" \t").decode("latin-1")))
         return Headers(headers)
 
-    def _content_length(self, request: Request) -> int | None:
-        """Return the length of the body, None for chunked (RFC 9112 section 6). Raises Refusal."""
+    def _check_head(self, request: Request) -> int | None:
+        """Return the body's length, None for chunked (RFC 9112 section 6). Raises Refusal."""
         headers = request.headers
         hosts = headers.get_all("Host")
         if len(hosts) > 1 or (not hosts and request.version == (1, 1)):
@@ -1093,6 +1092,7 @@ class HTTPConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._writing_paused = False
         self._stage = None
+        self.transport.resume_reading()
         self._advance()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1415,6 +1415,7 @@ def _connections_max(settings: Settings) -> int:
 def _check_stale(path: str) -> None:
     """Raise OSError where a server listens on a Unix socket; asyncio removes any other."""
     with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
         error = client.connect_ex(path) or errno.EADDRINUSE
     if error not in (errno.ECONNREFUSED, errno.ENOENT):
         raise OSError(error, os.strerror(error))
@@ -1506,7 +1507,8 @@ class Daemon:
     def _sweep(self) -> None:
         """Look at every connection's deadlines, again and again."""
         loop = asyncio.get_running_loop()
-        loop.call_later(min(SWEEP_S, self.settings.ping_interval / 4), self._sweep)
+        if not self._stop.is_set():  # then _drain looks
+            loop.call_later(min(SWEEP_S, self.settings.ping_interval / 4), self._sweep)
         for connection in tuple(self.connections):
             connection.tick(loop.time())
 
