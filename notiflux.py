@@ -107,6 +107,9 @@ HEAD_MAX = 16 * 1024  # bytes of a whole head, with its empty line
 HEADERS_MAX = 64
 CHUNK_LINE_MAX = 256  # bytes of a chunk's size line; extensions are short where they exist
 READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy for long
+FRAMES_READ_MAX = 4 * 1024  # the same once they are frames: an empty one has 6 bytes
+ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
+LISTEN_QUEUE = 4096  # connections that wait in the kernel
 REQUESTS_PER_TURN = 16  # answered before other connections have their turn of the loop
 TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75}  # each in all, however slowly bytes come
 WRITE_TIMEOUT_S = 10  # for a peer to take what is queued for it
@@ -115,6 +118,7 @@ CLOSE_TIMEOUT_S = 10  # for a subscriber to take its close frame and go
 SWEEP_S = 1.0  # between two looks at every connection's deadline
 
 log = logging.getLogger("notiflux")
+"".encode("unicode_escape")  # loads the codec now, while there are descriptors
 
 
 # --- Errors: what can go wrong, and how a peer hears of it. ---
@@ -1188,6 +1192,7 @@ class HTTPConnection(asyncio.Protocol):
             self.transport.close()
         else:
             self._deadline = self._loop.time() + LINGER_S
+            self.transport.resume_reading()
             self.transport.write_eof()
 
     def _upgrade(self, request: Request) -> None:
@@ -1198,6 +1203,7 @@ class HTTPConnection(asyncio.Protocol):
         self._shared.connections.discard(self)
         offered = ",".join(request.headers.get_all("Sec-WebSocket-Protocol")).split(",")
         json_mode = SUBPROTOCOL in (name.strip(" \t") for name in offered)
+        self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
         websocket = self._make_websocket(json_mode=json_mode)
         self.transport.set_protocol(websocket)
         websocket.connection_made(self.transport)
@@ -1446,6 +1452,10 @@ class Daemon:
             port = "" if self.settings.host.startswith("unix:") else f":{self.settings.port}"
             address = f"{self.settings.host}{port}"
             raise CommandError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
+        for listener in server.sockets:
+            # asyncio takes as many at once as may wait: too many then fail with EMFILE.
+            with socket.socket(fileno=os.dup(listener.fileno())) as same:
+                same.listen(LISTEN_QUEUE)
         urls = [self._url(listener) for listener in server.sockets]
         for url in urls:
             log.info("listening url=%s version=%s", url, VERSION)
@@ -1489,7 +1499,7 @@ class Daemon:
             close_timeout=CLOSE_TIMEOUT_S,
             write_limit=settings.max_buffer_bytes,
             ssl=self._tls,
-            backlog=4096,
+            backlog=ACCEPT_MAX,
         )
 
     def _create_connection(self, *arguments: Any, **options: Any) -> Any:

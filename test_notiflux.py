@@ -25,6 +25,7 @@ import logging
 import os
 import random
 import re
+import resource
 import select
 import signal
 import socket
@@ -1996,9 +1997,10 @@ def test_frames_that_come_while_a_handshake_is_answered_wait(server, monkeypatch
 def test_an_early_refusal_is_read_by_a_client_that_still_sends(server):
     """H35: what is on its way is taken, 413 arrives behind it, and the connection ends."""
     with server.connect() as client:
-        client.sendall(get("/broadcast", "Content-Length: 8000000", method="POST"))
+        client.sendall(get() * 40 + get("/broadcast", "Content-Length: 8000000", method="POST"))
         client.sendall(b"x" * 8_000_000)  # raises where the server has closed
-        assert parse_answers(receive_all(client))[0].status == 413
+        answers = parse_answers(receive_all(client))
+        assert [answer.status for answer in answers] == [200] * 40 + [413]
 
 
 def test_a_body_may_have_max_message_bytes(start):
@@ -2086,6 +2088,31 @@ def test_a_reset_in_the_middle_of_a_body_is_no_broadcast(server, lines):
         wait_for(lambda: len(server.daemon.connections) == 1)
         assert silent(subscriber)
     assert not [line for line in lines() if line.startswith("<3>")]
+
+
+def test_a_burst_of_connections_stays_below_the_open_file_limit(launch):
+    """P08: more at once than there are descriptors: a line each at most, and others are served."""
+    daemon = launch(MAX_CONNECTIONS="64")
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (128, 128))
+    address = ("127.0.0.1", daemon.port)
+    clients = []
+    for _ in range(200):
+        client = socket.socket()
+        client.setblocking(False)
+        client.connect_ex(address)
+        clients.append(client)
+    with contextlib.ExitStack() as stack:
+        for client in clients:
+            stack.callback(client.close)
+
+    def is_served():  # a 503 as long as the server still has to look at those that went
+        with socket.create_connection(address, WAIT_S) as client:
+            client.sendall(get("/health", "Connection: close"))
+            return b" 200 " in receive_all(client)
+
+    wait_for(is_served)
+    log = daemon.stop()[2]
+    assert not [line for line in log.splitlines() if " error " in line][:3]
 
 
 def test_surplus_connections_get_503(start):
