@@ -1083,10 +1083,10 @@ class HTTPConnection(asyncio.Protocol):
             self._advance()
 
     def eof_received(self) -> bool:
-        """Keep the connection while an answer is owed, or is not yet taken."""
+        """Keep the connection while an answer is owed; the last one ends it."""
         self._ended = True
         self._advance()
-        return not self._closing and self._writing_paused
+        return not self._closing
 
     def pause_writing(self) -> None:
         self._writing_paused = True
