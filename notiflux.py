@@ -14,26 +14,16 @@ A message's way: HTTPConnection -> Router.process_request -> TokenVerifier -> Hu
   notiflux.py keygen        make the key pair: private.pem signs tokens, public.pem is the daemon's
   notiflux.py token         print a token that lets its holder subscribe or broadcast
   notiflux.py check         check settings and key, or say what a token grants
+  notiflux.py publish       broadcast one message
+  notiflux.py subscribe     print messages as they come
 
-What it promises: a 2xx to a publisher means that the broadcast happened, exactly once, and any
-other answer that it did not. A subscriber that does not keep up is dropped, never waited for.
-No token, key or message text is ever logged.
+A 2xx to a publisher means that the broadcast happened, exactly once; any other answer that it did
+not. A subscriber that does not keep up is dropped, never waited for, and resumes from history when
+it is back. No token, key or message text is ever logged. Nothing is stored for good, and nobody
+can tell whether a message was read.
 
-What it does not do: store messages for good, tell whether somebody read them, or let a
-subscriber send anything but commands.
-
-The rooms below, each using only what stands above it:
-  Errors        what can go wrong, and how a peer hears of it
-  Settings      what can be set, from one table
-  Tokens        who may do what
-  Messages      what is sent, and where the server is
-  Hub           who listens to which topic
-  Subscribers   a WebSocket connection and its commands
-  HTTP          bytes to requests, answers to bytes
-  Routes        where a path and a method become an answer
-  Observation   what the operator sees
-  Daemon        from listening to drained
-  Command line  one function a command
+The rooms, each using only what stands above it: Errors, Settings, Tokens, Messages, Hub,
+Subscribers, HTTP, Browser, Routes, Observation, Daemon, Command line.
 """
 
 from __future__ import annotations
@@ -46,14 +36,19 @@ if sys.version_info < (3, 11):
 import argparse
 import asyncio
 import base64
+import bisect
 import contextlib
 import email.utils
 import errno
 import functools
+import hashlib
+import itertools
 import json
 import logging
 import math
+import operator
 import os
+import random
 import re
 import resource
 import secrets
@@ -61,38 +56,40 @@ import signal
 import socket
 import ssl
 import time
+import urllib.parse
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 VERSION = "0.1.0"
 INSTALL = "python3 -m venv venv && venv/bin/pip install 'websockets<18' 'PyJWT<3' cryptography"
 try:
-    import cryptography
+    import cryptography.exceptions
     import jwt
+    import websockets.asyncio.client
     import websockets.asyncio.server
     import websockets.version
-    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from websockets.datastructures import Headers
-    from websockets.exceptions import ConnectionClosed
+    from websockets.exceptions import ConnectionClosed, WebSocketException
     from websockets.frames import Frame, Opcode
-    from websockets.http11 import Request as HandshakeRequest
     from websockets.http11 import Response
     from websockets.protocol import State
-except (ImportError, ValueError) as exc:  # ValueError: websockets reads variables of its own
-    sys.exit(f"notiflux: cannot load a package it needs ({exc}); to install them: {INSTALL}")
+    from websockets.typing import Subprotocol
 
-for _package, _floor, _found in (
-    ("websockets", (15, 0), websockets.version.version),
-    ("PyJWT", (2, 10), jwt.__version__),
-    ("cryptography", (43, 0), cryptography.__version__),
-):
-    if tuple(int(part) for part in re.findall(r"\d+", _found)[:2]) < _floor:
-        sys.exit(f"notiflux: {_package} {_found} is too old; to install a newer one: {INSTALL}")
+    for _name, _floor, _found in (
+        ("websockets", (15, 0), websockets.version.version),
+        ("PyJWT", (2, 10), jwt.__version__),
+        ("cryptography", (43, 0), cryptography.__version__),
+    ):
+        if tuple(int(part) for part in re.findall(r"\d+", _found)[:2]) < _floor:
+            raise ImportError(f"{_name} {_found} is too old")
+except (ImportError, ValueError) as exc:  # ValueError: websockets reads variables of its own
+    sys.exit(f"notiflux: cannot use a package it needs ({exc}); to install them: {INSTALL}")
 
 LEEWAY_S = 60  # how far clocks may drift apart before a token is refused
 TOKEN_MAX = 8 * 1024  # bytes of a token, before anything looks at it
@@ -100,6 +97,8 @@ TOKENS_REMEMBERED = 1024  # verified tokens kept, at most 8 MiB of them
 TOPIC_MAX = 512  # bytes of a topic in UTF-8
 TOPICS_PER_BROADCAST = 1000
 JSON_DEPTH_MAX = 64
+MESSAGE_OVERHEAD = 700  # bytes it takes to hold a message, beside its text and its topic's
+REPLAY_PIECE = 64 * 1024  # bytes of a replay that may be unsent, or are sent in one turn
 COMMAND_MAX = 16 * 1024  # bytes of a command: a token, a topic and room to spare
 COMMANDS_REFUSED_MAX = 16
 LINE_MAX = 8 * 1024  # bytes of the request line, and of one header line, without CRLF
@@ -110,10 +109,8 @@ READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy 
 FRAMES_READ_MAX = 4 * 1024  # the same once they are frames: an empty one has 6 bytes
 ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
 LISTEN_QUEUE = 4096  # connections that wait in the kernel
-REQUESTS_PER_TURN = 16  # answered before other connections have their turn of the loop
-TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75}  # each in all, however slowly bytes come
-WRITE_TIMEOUT_S = 10  # for a peer to take what is queued for it
-LINGER_S = 1  # for a peer to read the answer that ends its connection
+# In all, however slowly bytes come; while it writes, since the last progress.
+TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5}
 CLOSE_TIMEOUT_S = 10  # for a subscriber to take its close frame and go
 SWEEP_S = 1.0  # between two looks at every connection's deadline
 
@@ -123,8 +120,7 @@ log = logging.getLogger("notiflux")
 
 # --- Errors: what can go wrong, and how a peer hears of it. ---
 
-# RFC 9110's phrases, which Python has from 3.13 on
-PHRASES = {status.value: status.phrase for status in HTTPStatus}
+PHRASES = {status.value: status.phrase for status in HTTPStatus}  # and, as RFC 9110 has them:
 PHRASES |= {413: "Content Too Large", 414: "URI Too Long"}
 STATUS_HEADERS = {  # what such an answer always says: RFC 6750 section 3, RFC 6455 section 4.4
     401: {"WWW-Authenticate": "Bearer"},
@@ -148,8 +144,7 @@ class SettingsError(CommandError):
 class Refusal(Exception):
     """The one way in which anything says no to a peer.
 
-    `status` is the HTTP status, `code` the `error` of the answer, `detail` one sentence out of a
-    finite set: it never holds a peer's own text. `headers` go into an HTTP answer.
+    `code` is the `error` of the answer, `detail` one sentence of a finite set, never a peer's text.
     """
 
     def __init__(self, status: int, detail: str, code: str = "", **headers: str) -> None:
@@ -160,52 +155,49 @@ class Refusal(Exception):
         self.detail = detail
         self.headers = STATUS_HEADERS.get(status, {}) | headers
 
+    def log(self, peer: str, operation: str) -> None:
+        """Log it in the one stable form that other programs may read."""
+        log.info('refused peer=%s op=%s why=%s detail="%s"', peer, operation, self.code, self)
+
+
+def refuse_if(condition: object, status: int, detail: str, code: str = "", **headers: str) -> None:
+    """Raise that Refusal if `condition` holds."""
+    if condition:
+        raise Refusal(status, detail, code, **headers)
+
 
 def printable(text: str, limit: int = 200) -> str:
     """Return `text` in printable ASCII, escaped as Python would, cut to `limit` characters."""
-    text = text if len(text) <= limit else text[:limit] + "..."
-    if text.isascii() and text.isprintable() and "\\" not in text:
-        return text
-    return text.encode("unicode_escape").decode("ascii")
-
-
-def log_refusal(peer: str, operation: str, refusal: Refusal) -> None:
-    """Log a refusal in the one stable form that other programs may read."""
-    log.info('refused peer=%s op=%s why=%s detail="%s"', peer, operation, refusal.code, refusal)
+    cut = text if len(text) <= limit else text[:limit] + "..."
+    return cut.encode("unicode_escape").decode()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) != len(pairs):
+    if len(names := dict(pairs)) != len(pairs):
         raise ValueError("duplicate name")
     return names
 
 
 def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):  # nor is it read alike everywhere
+    if not math.isfinite(value := float(number)):  # nor is it read alike everywhere
         raise ValueError("not a number, or out of range")
     return value
 
 
-def _integer(number: str) -> int:
-    if len(number) > 300:
-        _finite(number)
-    return int(number)
-
-
 JSON_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_float=_finite, parse_int=_integer, parse_constant=_finite
+    object_pairs_hook=_unique,
+    parse_float=_finite,
+    parse_int=lambda digits: int(digits) if len(digits) < 300 or _finite(digits) else 0,
+    parse_constant=_finite,
 )
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes) -> Any:
-    """Return the JSON value in `data`, read strictly (RFC 8259).
+    """Return the JSON value in `data`, read strictly (RFC 8259). Raises ValueError for all else.
 
-    Raises ValueError for anything but one value in UTF-8 without a byte order mark, and for what
-    would not survive being written again: duplicate names, numbers beyond a double, unpaired
-    surrogates. Also where it nests deeper than 64.
+    So for what would not survive being written again: duplicate names, numbers beyond a double,
+    unpaired surrogates; and where it nests deeper than 64.
     """
     text = data.decode()
     try:
@@ -214,21 +206,18 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("nested too deeply") from exc
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
         level = [value]
-        for _ in range(JSON_DEPTH_MAX + 1):  # level by level, since recursion has its own limit
-            containers = [item for item in level if type(item) in (dict, list)]
-            if not containers:
-                break
-            level = [c for i in containers for c in (i.values() if type(i) is dict else i)]
-        else:
+        for _ in range(JSON_DEPTH_MAX):  # level by level, since recursion has its own limit
+            inner = (i.values() if type(i) is dict else i for i in level if type(i) in (dict, list))
+            level = list(itertools.chain.from_iterable(inner))
+        if any(type(item) in (dict, list) for item in level):
             raise ValueError("nested too deeply")
     if SURROGATE_ESCAPE.search(text):
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
 
 
-def dump_json(value: Any) -> str:
-    """Return `value` as compact JSON text, its characters as they are."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+# Compact JSON text of a value, its characters as they are.
+dump_json = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
 
 
 # --- Settings: what can be set. One table; parsing, errors and help all come from it. ---
@@ -245,21 +234,6 @@ def _number(kind: str, pattern: str, low: float, high: float) -> Callable[[str],
 
 _whole = functools.partial(_number, "a whole number", r"[0-9]{1,18}")
 _seconds = functools.partial(_number, "seconds", r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
-
-
-HOST_SETTING = re.compile(
-    r"[0-9A-Za-z_-]{1,63}(?:\.[0-9A-Za-z_-]{1,63})*\.?"  # a name, or an IPv4 address
-    r"|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[0-9A-Za-z_.-]+)?"  # an IPv6 address, with its zone
-)
-
-
-def _host(text: str) -> str:
-    if text.startswith("unix:"):
-        if not re.fullmatch(r"unix:/[^\0]{1,100}", text):
-            raise ValueError("unix: and an absolute path of at most 100 characters")
-    elif len(text) > 253 or not HOST_SETTING.fullmatch(text):
-        raise ValueError("a host name, an address, or unix:/path")
-    return text
 
 
 def _origins(text: str) -> frozenset[str]:
@@ -285,32 +259,20 @@ def setting(parse: Callable[[str], Any], default: str, meaning: str) -> Any:
 class Settings:
     """Every setting; the environment variable has the field's name in capitals."""
 
-    host: str = setting(_host, "127.0.0.1", "address to listen on; unix:/path for a Unix socket")
+    host: str = setting(str, "127.0.0.1", "address to listen on; unix:/path for a Unix socket")
     port: int = setting(_whole(0, 65535), "8080", "0 picks a free one and logs it")
-    jwt_public_key_b64: str | None = setting(
-        str, "", "base64 of a PEM with one or more public keys; this or the next is required"
-    )
+    jwt_public_key_b64: str | None = setting(str, "", "base64 of a PEM with public keys")
     jwt_public_key_file: str | None = setting(str, "", "path of such a PEM; read again on SIGHUP")
-    history_size: int = setting(_whole(0, 10**6), "100", "messages kept per topic; 0 keeps none")
+    history_size: int = setting(_whole(0, 10**4), "100", "messages held per topic; 0 holds none")
     history_seconds: float = setting(_seconds(0, 10**8), "600", "how long they are kept")
-    history_bytes: int = setting(
-        _whole(0, 2**40), "67108864", "what all of history may hold; the oldest go first"
-    )
-    max_connections: int | None = setting(
-        _whole(1, 10**7), "", "further ones get 503; what the open-file limit allows, less 64"
-    )
+    history_bytes: int = setting(_whole(0, 2**40), "67108864", "for all; the oldest go first")
+    max_connections: int = setting(_whole(1, 10**7), "", "further ones get 503 (open files)")
     max_topics: int = setting(_whole(1, 10**6), "1000", "topics one connection may subscribe to")
     max_message_bytes: int = setting(_whole(1, 2**30), "1048576", "largest body of a POST")
-    max_buffer_bytes: int = setting(
-        _whole(1, 2**31), "4194304", "unsent bytes that drop a subscriber; >= MAX_MESSAGE_BYTES"
-    )
-    ping_interval: float = setting(
-        _seconds(0.1, 86400), "15", "seconds between pings; a peer silent for two is dropped"
-    )
+    max_buffer_bytes: int = setting(_whole(1, 2**31), "4194304", "unsent ones drop a subscriber")
+    ping_interval: float = setting(_seconds(0.1, 86400), "15", "seconds; silent for two: dropped")
     stop_timeout: float = setting(_seconds(0, 86400), "5", "seconds a stop may take")
-    allowed_origins: frozenset[str] | None = setting(
-        _origins, "", "comma-separated; a browser from elsewhere gets 403; any when unset"
-    )
+    allowed_origins: frozenset[str] | None = setting(_origins, "", "pages from elsewhere get 403")
     tls_cert_file: str | None = setting(str, "", "serve https and wss with this certificate")
     tls_key_file: str | None = setting(str, "", "and this key")
     log_level: str = setting(_level, "info", "debug, info, warning or error")
@@ -321,11 +283,11 @@ class Settings:
         values = {}
         for setting_ in fields(cls):
             name = setting_.name.upper()
-            if text := environment.get(name, ""):
-                try:
+            try:
+                if text := environment.get(name, ""):
                     values[setting_.name] = setting_.metadata["parse"](text)
-                except ValueError as exc:
-                    raise SettingsError(f"{name}: expected {exc}") from exc
+            except ValueError as exc:
+                raise SettingsError(f"{name}: expected {exc}") from exc
         settings = cls(**values)
         if settings.max_buffer_bytes < settings.max_message_bytes:
             raise SettingsError("MAX_BUFFER_BYTES: expected at least MAX_MESSAGE_BYTES")
@@ -349,15 +311,14 @@ def _public_key(label: bytes, pem: bytes) -> PublicKey:
         raise ValueError("a certificate")
     try:
         key = serialization.load_pem_public_key(pem)
-    except (ValueError, UnsupportedAlgorithm) as exc:
+    except (ValueError, cryptography.exceptions.UnsupportedAlgorithm) as exc:
         raise ValueError("a PEM block that is no public key") from exc
-    if not isinstance(key, PublicKey):
-        kind = type(key).__name__.strip("_").removesuffix("PublicKey")
-        raise ValueError(f"{'a' if kind[0] == 'D' else 'an'} {kind} key")  # RSA, Ed25519; DSA
-    if not isinstance(key.curve, ec.SECP256R1):
-        curves = {"secp384r1": "P-384", "secp521r1": "P-521"}
-        raise ValueError(f"a {curves.get(key.curve.name, key.curve.name)} key")
-    return key
+    kind = type(key).__name__.strip("_").removesuffix("PublicKey")
+    if isinstance(key, PublicKey):
+        if isinstance(key.curve, ec.SECP256R1):
+            return key
+        kind = key.curve.name.replace("secp384r1", "P-384").replace("secp521r1", "P-521")
+    raise ValueError(f"{'an' if kind[0] in 'RE' else 'a'} {kind} key")  # RSA, Ed25519; DSA
 
 
 def load_keys(settings: Settings) -> tuple[PublicKey, ...]:
@@ -368,23 +329,17 @@ def load_keys(settings: Settings) -> tuple[PublicKey, ...]:
             "JWT_PUBLIC_KEY_B64, JWT_PUBLIC_KEY_FILE: expected exactly one of them; "
             "'notiflux.py keygen' makes a key, 'notiflux.py dev' runs without"
         )
-    expected = f"JWT_PUBLIC_KEY_{'FILE' if path else 'B64'}: expected EC P-256 public keys in PEM"
     try:
-        if path:
-            with open(path, "rb") as file:
-                pem = file.read(100_000)
-        else:
-            pem = base64.b64decode("".join(encoded.split()), validate=True)
-    except OSError as exc:
-        raise SettingsError(f"{expected}, found: {exc.strerror} ({printable(path)})") from exc
-    except ValueError as exc:
-        raise SettingsError(f"{expected} in base64, found what is not base64") from exc
-    try:
+        in_b64 = "".join(encoded.split())
+        pem = Path(path).read_bytes() if path else base64.b64decode(in_b64, validate=True)
         keys = tuple(_public_key(block[1], block[0]) for block in PEM_BLOCK.finditer(pem))
         if not keys or len(keys) != pem.count(b"-----BEGIN "):
             raise ValueError("what is not PEM")
-    except ValueError as exc:
-        raise SettingsError(f"{expected}, found {exc}") from exc
+    except (OSError, ValueError) as exc:
+        name, form = ("FILE", "PEM") if path else ("B64", "PEM, in base64")
+        found = f"{exc.strerror} ({printable(path)})" if isinstance(exc, OSError) else exc
+        expected = f"JWT_PUBLIC_KEY_{name}: expected EC P-256 public keys in {form}"
+        raise SettingsError(f"{expected}; found {found}") from exc
     return keys
 
 
@@ -396,21 +351,12 @@ class Claims:
     topics: frozenset[str]
     topic_prefixes: tuple[str, ...]
     exp: int
-    nbf: int | None = None
-    expire_at: int | None = None
+    nbf: int
+    expire_at: float  # infinite where there is none
 
     def grant(self, topic: str) -> bool:
         """Tell whether the token is for `topic`: whole strings, or a prefix where one is given."""
         return topic in self.topics or topic.startswith(self.topic_prefixes)
-
-    def check_time(self, now: float) -> None:
-        """Raise Refusal unless the token is good at `now`, give or take LEEWAY_S."""
-        if now >= self.exp + LEEWAY_S:
-            raise Refusal(401, "the token has expired")
-        if self.nbf is not None and now < self.nbf - LEEWAY_S:
-            raise Refusal(401, "the token is not valid yet")
-        if self.expire_at is not None and now >= self.expire_at:
-            raise Refusal(401, "the token's expire_at has passed")
 
 
 def is_texts(value: Any) -> bool:
@@ -418,79 +364,60 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _is_date(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= 2**53
-
-
 def parse_claims(payload: Any) -> Claims:
     """Return the claims in a token's payload. Raises Refusal for a missing or wrong one."""
-
-    def claim(name: str, good: Callable[[Any], bool], required: bool = True) -> Any:
-        value = payload.get(name)
-        if not good(value) and (required or name in payload):
-            raise Refusal(401, f"the token's claim {name} is missing or wrong")
-        return value
-
-    if not isinstance(payload, dict):
-        raise Refusal(401, "the token is malformed")
-    if "aud" in payload:
-        raise Refusal(401, "the token is for another audience: it has a claim aud")
-    claim("sub", lambda value: isinstance(value, str))
-    return Claims(
-        scope=claim("scope", lambda value: value in ("subscribe", "broadcast")),
-        topics=frozenset(claim("topics", is_texts, "topic_prefixes" not in payload) or ()),
-        topic_prefixes=tuple(claim("topic_prefixes", is_texts, required=False) or ()),
-        exp=claim("exp", _is_date),
-        nbf=claim("nbf", _is_date, required=False),
-        expire_at=claim("expire_at", _is_date, required=False),
-    )
+    refuse_if(not isinstance(payload, dict), 401, "the token is malformed")
+    refuse_if("aud" in payload, 401, "the token is for another audience: it has a claim aud")
+    checks: dict[str, Callable[[Any], bool]] = {
+        "sub": lambda value: isinstance(value, str),
+        "scope": lambda value: value in ("subscribe", "broadcast"),
+        **dict.fromkeys(("topics", "topic_prefixes"), is_texts),
+        **dict.fromkeys(("exp", "nbf", "expire_at"), lambda v: type(v) is int and 0 <= v <= 2**53),
+    }
+    required = {"sub", "scope", "exp", "topics" if "topic_prefixes" not in payload else "sub"}
+    for name, good in checks.items():
+        wrong = not good(payload[name]) if name in payload else name in required
+        refuse_if(wrong, 401, f"the token's claim {name} is missing or wrong")
+    get = payload.get
+    grants = frozenset(get("topics", ())), tuple(get("topic_prefixes", ()))
+    return Claims(get("scope"), *grants, get("exp"), get("nbf", 0), get("expire_at", math.inf))
 
 
 class TokenVerifier:
-    """Verifies ES256 tokens (RFC 7515, RFC 7519), and remembers those that were good.
-
-    Only a token that passed every check but that of time is remembered; time is checked at each
-    use, and new keys empty the memory.
-    """
+    """Verifies ES256 tokens (RFC 7515, RFC 7519); remembers those that passed all but time."""
 
     def __init__(self, keys: Iterable[PublicKey], clock: Callable[[], float] = time.time) -> None:
         self._jws = jwt.PyJWS(algorithms=["ES256"])
         self._clock = clock
-        self._verified: dict[str, Claims] = {}
+        remember = functools.lru_cache(TOKENS_REMEMBERED)
+        self._claims = remember(lambda token: parse_claims(self._decode(token)))
         self.replace_keys(keys)
 
     def replace_keys(self, keys: Iterable[PublicKey]) -> None:
         """Trust these keys from now on, and no others."""
         self._keys = tuple(keys)
-        self._verified.clear()
+        self._claims.cache_clear()
 
     def authorize(self, token: str, scope: str, topics: Iterable[str]) -> Claims:
-        """Return the claims of a token that grants `scope` on every one of `topics`.
-
-        Raises Refusal: 401 for a token that is no good, 403 for a good one of another kind.
-        """
-        claims = self.verify(token)
-        if claims.scope != scope:
-            raise Refusal(403, f"this takes a token with scope {scope}", "insufficient_scope")
-        if not all(map(claims.grant, topics)):
-            raise Refusal(403, "the token does not grant this topic", "insufficient_scope")
+        """Return the claims of a token that grants `scope` on `topics`. Raises Refusal."""
+        claims, code = self.verify(token), "insufficient_scope"
+        refuse_if(claims.scope != scope, 403, f"this takes a token with scope {scope}", code)
+        granted = all(map(claims.grant, topics))
+        refuse_if(not granted, 403, "the token does not grant this topic", code)
         return claims
 
     def verify(self, token: str) -> Claims:
         """Return the claims of a good token. Raises Refusal (401) with the check it fails."""
-        claims = self._verified.get(token)
-        if claims is None:
-            if len(token) > TOKEN_MAX or not TOKEN.fullmatch(token):
-                raise Refusal(401, "the token is malformed")
-            claims = parse_claims(self._decode(token))
-            if len(self._verified) >= TOKENS_REMEMBERED:
-                del self._verified[next(iter(self._verified))]
-            self._verified[token] = claims
-        claims.check_time(self._clock())
+        claims, now = self._claims(token), self._clock()
+        refuse_if(now >= claims.exp + LEEWAY_S, 401, "the token has expired")
+        refuse_if(now < claims.nbf - LEEWAY_S, 401, "the token is not valid yet")
+        refuse_if(now >= claims.expire_at, 401, "the token's expire_at has passed")
         return claims
 
     def _decode(self, token: str) -> Any:
         """Return the payload, once a key was found that signed it. Raises Refusal (401)."""
+        well_formed = len(token) <= TOKEN_MAX and TOKEN.fullmatch(token)
+        refuse_if(not well_formed, 401, "the token is malformed")
         encoded = token.partition(".")[0]
         try:
             header = parse_json(base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)))
@@ -508,63 +435,85 @@ class TokenVerifier:
         raise Refusal(401, "the token's signature is of no key known here")
 
 
-# --- Messages: what is sent, and where the server is. No sockets, no tokens. ---
+# --- Messages: what is sent, and what is held of it. No sockets, no tokens. ---
 
 CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f-\x9f]")
+BAD_SINCE = "since is an id, latest or all"
 SINCE = re.compile(r"latest|all|[0-9a-f]{1,32}-[0-9]{1,19}")
 
 
-def check_topic(topic: str) -> None:
-    """Raise Refusal unless `topic` is 1 to 512 bytes of UTF-8 without control characters."""
-    if not 1 <= len(topic.encode()) <= TOPIC_MAX:
-        raise Refusal(400, "a topic is 1 to 512 bytes long")
-    if CONTROL_CHARACTER.search(topic):
-        raise Refusal(400, "a topic has no control characters")
+def check_topics(topics: list[str], limit: int = 1) -> list[str]:
+    """Return each topic once. Raises Refusal for a bad one, for none, and for more than `limit`."""
+    refuse_if(not 1 <= len(topics) <= limit, 400, f"at least one topic, and at most {limit}")
+    for topic in topics:
+        refuse_if(not 1 <= len(topic.encode()) <= TOPIC_MAX, 400, "a topic is 1 to 512 bytes long")
+        refuse_if(CONTROL_CHARACTER.search(topic), 400, "a topic has no control characters")
+    return list(dict.fromkeys(topics))
 
 
-def text_frame(text: str) -> bytes:
-    """Return an unmasked WebSocket text frame (RFC 6455 section 5.2), the same for every client.
-
-    Raises UnicodeEncodeError for an unpaired surrogate, which parse_json lets nobody bring in.
-    """
-    return Frame(Opcode.TEXT, text.encode()).serialize(mask=False)
+def text_frame(payload: bytes) -> bytes:
+    """Return an unmasked WebSocket text frame (RFC 6455 section 5.2), the same for every client."""
+    return Frame(Opcode.TEXT, payload).serialize(mask=False)
 
 
-def event_frame(event: str, **members: Any) -> bytes:
-    """Return an event of JSON mode as a frame."""
-    return text_frame(dump_json({"event": event, **members}))
+def event_lines(event: str, data: str, event_id: str = "") -> bytes:
+    """Return an event of an event stream (HTML Living Standard section 9.2)."""
+    about = f"id: {event_id}\n" if event_id else ""
+    return f"{about}event: {event}\ndata: {data}\n\n".encode()
 
 
+@dataclass(slots=True, eq=False)
 class Message:
-    """One message on one topic, and its encodings, each made once at most and then shared."""
+    """One message on one topic. Its frames are made where they are needed, and not held."""
 
-    def __init__(self, message_id: str, topic: str, time_ms: int, value: Any) -> None:
-        self.id = message_id
-        self.topic = topic
-        self.time_ms = time_ms
-        self.value = value
+    id: str  # <epoch>-<seq>
+    seq: int
+    previous: int  # seq of the one before on this topic, or a later one where that is not known
+    topic: str
+    payload: bytes  # what plain mode delivers
+    is_text: bool  # a string was broadcast, no other JSON value
+    size: int  # bytes that it takes to hold it, at most
+    time_ms: int  # since 1970
+    added_s: float  # by the monotonic clock
 
-    @functools.cached_property
+    @property
+    def members(self) -> str:
+        """What JSON says about it, without the braces."""
+        text = self.payload.decode()
+        value, topic = dump_json(text) if self.is_text else text, dump_json(self.topic)
+        return f'"topic":{topic},"id":"{self.id}","time":{self.time_ms},"message":{value}'
+
     def plain_frame(self) -> bytes:
-        """The message for plain mode: a string as it is, another value as its JSON text."""
-        return text_frame(self.value if isinstance(self.value, str) else dump_json(self.value))
+        """Return it for plain mode: a string as it is, another value as its JSON text."""
+        return text_frame(self.payload)
 
-    @functools.cached_property
     def json_frame(self) -> bytes:
-        """The message for JSON mode."""
-        about = {"topic": self.topic, "id": self.id, "time": self.time_ms}
-        return event_frame("message", **about, message=self.value)
+        """Return it for JSON mode."""
+        return text_frame(f'{{"event":"message",{self.members}}}'.encode())
+
+    def event_lines(self) -> bytes:
+        """Return it for an event stream."""
+        return event_lines("message", f'{{"event":"message",{self.members}}}', self.id)
+
+
+BY_SEQ = operator.attrgetter("seq")
 
 
 class History:
-    """Numbers the messages, so that a subscriber can say what it heard last.
+    """Numbers the messages, and holds the last ones of each topic for those who come back.
 
-    An id is `<epoch>-<seq>`: epoch is random per start, seq counts up over all topics.
+    An id is `<epoch>-<seq>`: epoch is random per start, seq counts up over all topics. What is
+    held has bounds: `size` messages of a topic, `seconds` of age, `bytes_max` bytes in all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int, seconds: float, bytes_max: int) -> None:
+        self._size, self._seconds, self._bytes_max = size, seconds, bytes_max
         self._epoch = secrets.token_hex(4)
         self._seq = 0
+        self._held: OrderedDict[int, Message] = OrderedDict()  # by seq
+        self._topics: dict[str, list[Message]] = {}  # the same, none of the lists empty
+        self._forgotten = 0  # the newest seq of those topics of which nothing is held any more
+        self.bytes_held = 0
 
     @property
     def position(self) -> str:
@@ -572,41 +521,79 @@ class History:
         return f"{self._epoch}-{self._seq}"
 
     def add(self, topic: str, value: Any) -> Message:
-        """Return `value` as the next message on `topic`."""
+        """Return `value` as the next message on `topic`, and hold it within the bounds."""
         self._seq += 1
-        return Message(self.position, topic, time.time_ns() // 1_000_000, value)
+        held, is_text = self._topics.setdefault(topic, []), isinstance(value, str)
+        payload = (value if is_text else dump_json(value)).encode()
+        previous = held[-1].seq if held else self._forgotten
+        size = MESSAGE_OVERHEAD + sys.getsizeof(payload) + sys.getsizeof(topic)
+        about = (self.position, self._seq, previous, topic, payload, is_text, size)
+        message = Message(*about, time.time_ns() // 10**6, time.monotonic())
+        held.append(message)
+        self._held[self._seq] = message
+        self.bytes_held += message.size
+        if len(held) > self._size:
+            self._forget(held[0])
+        while self.bytes_held > self._bytes_max:
+            self._forget(next(iter(self._held.values())))
+        self.expire(message.added_s, at_most=2)  # so that it shrinks faster than it grows
+        return message
+
+    def expire(self, now_s: float, at_most: int) -> None:
+        """Forget what is too old by the monotonic clock, up to `at_most` messages."""
+        for message in list(itertools.islice(self._held.values(), at_most)):
+            if now_s - message.added_s < self._seconds:
+                break
+            self._forget(message)
+
+    def _forget(self, message: Message) -> None:
+        """Hold `message` no more, which is its topic's oldest."""
+        del self._held[message.seq]
+        self.bytes_held -= message.size
+        held = self._topics[message.topic]
+        del held[0]
+        if not held:
+            del self._topics[message.topic]
+            self._forgotten = max(self._forgotten, message.seq)
+
+    def since(self, topics: Iterable[str], since: str) -> tuple[list[Message], bool]:
+        """Return what is held of `topics` after `since`, oldest first, and whether that is all.
+
+        `since` is an id, "all", or "latest": the newest message of each topic. An id that this
+        server never gave counts as "all"; nothing is known to be missing or not but after an id.
+        """
+        lists = [self._topics.get(topic, []) for topic in topics]
+        if since == "latest":
+            return sorted((held[-1] for held in lists if held), key=BY_SEQ), False
+        epoch, _, number = since.partition("-")
+        known = epoch == self._epoch and int(number) <= self._seq
+        after = int(number) if known else -1
+        newer = [held[bisect.bisect(held, after, key=BY_SEQ) :] for held in lists]
+        complete = all(after >= (held[0].previous if held else self._forgotten) for held in lists)
+        return sorted(itertools.chain(*newer), key=BY_SEQ), known and complete
 
 
 # --- Hub: who listens to which topic. No I/O, no await. ---
 
 
-class Subscriber(Protocol):
-    """Whatever listens to topics. The hub alone changes `topics`."""
-
-    topics: set[str]
-
-    def deliver(self, message: Message) -> bool:
-        """Queue `message`; say whether it was. Does not wait, and does not raise."""
-
-
 class Hub:
-    """The one owner of who listens to what.
+    """The one owner of who listens to what: s in topics[t] if and only if t in s.topics.
 
-    `topics` has a set of subscribers for each topic that somebody listens to, and each
-    subscriber's own `topics` mirrors it, so that leaving takes as long as that subscriber has
-    topics: s in topics[t] if and only if t in s.topics, and no set is empty.
+    No set of `topics` is empty. A subscriber is anything with a set `topics`, which the hub alone
+    changes, a function `encode` that makes its frames, and a `deliver` that queues a frame and
+    says whether it was, at once. The mirror makes leaving as cheap as one's own topics are few.
     """
 
     def __init__(self, history: History) -> None:
         self.history = history
-        self.topics: dict[str, set[Subscriber]] = {}
+        self.topics: dict[str, set[Any]] = {}
 
-    def subscribe(self, subscriber: Subscriber, topic: str) -> None:
+    def subscribe(self, subscriber: Any, topic: str) -> None:
         """Let `subscriber` hear what is broadcast to `topic` from now on; once is enough."""
         self.topics.setdefault(topic, set()).add(subscriber)
         subscriber.topics.add(topic)
 
-    def unsubscribe(self, subscriber: Subscriber, topic: str) -> None:
+    def unsubscribe(self, subscriber: Any, topic: str) -> None:
         """Let it hear nothing more of `topic`; nothing happens where it was not subscribed."""
         if topic in subscriber.topics:
             subscriber.topics.discard(topic)
@@ -614,24 +601,15 @@ class Hub:
             if not self.topics[topic]:
                 del self.topics[topic]
 
-    def leave(self, subscriber: Subscriber) -> list[str]:
-        """Unsubscribe from everything, and return what that was."""
-        left = sorted(subscriber.topics)
-        for topic in left:
-            self.unsubscribe(subscriber, topic)
-        return left
-
     def broadcast(self, topics: Sequence[str], value: Any) -> tuple[str, int]:
-        """Queue `value` to every subscriber of each topic, as one message a topic.
-
-        Returns the id of the last one, and to how many subscribers it was queued in all.
-        """
+        """Queue `value` on each topic; return the last message's id, and to how many in all."""
         delivered = 0
         for topic in topics:
             message = self.history.add(topic, value)
+            frame = functools.cache(lambda encode, message=message: encode(message))
             # A copy, since a subscriber that proves too slow leaves while it is delivered to.
             for subscriber in tuple(self.topics.get(topic, ())):
-                delivered += subscriber.deliver(message)
+                delivered += subscriber.deliver(frame(subscriber.encode))
         return self.history.position, delivered
 
 
@@ -642,91 +620,179 @@ class Shared:
     settings: Settings
     verifier: TokenVerifier
     hub: Hub
-    connections: set[Any]  # all that are open, of either kind
-    connections_max: int
+    connections: set[Any]  # all that are open, of whatever kind
 
 
-# --- Subscribers: a WebSocket connection, and the commands it understands. ---
+# --- Subscribers: a WebSocket with its commands, and an event stream. ---
 
-SUBPROTOCOL = "notiflux.v1"
+SUBPROTOCOL = Subprotocol("notiflux.v1")
 PING_FRAME = Frame(Opcode.PING, b"").serialize(mask=False)
-KEEPALIVE_FRAME = event_frame("keepalive")
 INVALID_SUBSCRIBE = "Invalid subscribe command, it should be: /subscribe <topic> <token>"
 
 
-def peer_name(transport: asyncio.BaseTransport) -> str:
-    """Return the other end of a connection for the log: address:port, or unix."""
-    name = transport.get_extra_info("peername")
+def address(name: Any) -> str:
+    """Return a socket's name for log and URL: address:port, or unix: and its path."""
     if not isinstance(name, tuple):
-        return "unix"
+        return f"unix:{name or ''}"
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
-class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
-    """One WebSocket connection: the library's own, which also hears from the hub.
+class BaseSubscriber(asyncio.Protocol):
+    """What both kinds have in common: what they hear, how fast, and until when.
 
-    It writes whole frames straight to the transport, beside the library's: both write at once
-    or not at all, so frames never mix.
+    Whole frames go straight to the transport, beside the library's. One with more than
+    MAX_BUFFER_BYTES unsent is slow, and dropped. A replay may be larger: it goes out piece by
+    piece, as fast as the peer takes it, and what is sent meanwhile waits behind it.
     """
 
-    def __init__(self, shared: Shared, *arguments: Any, json_mode: bool, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    # each kind in its own way
+    tell: Callable[..., None]  # queue an event
+    beat: Callable[[], None]  # keep the line alive, and see whether it is
+    end: Callable[[list[str]], None]  # end subscriptions whose expire_at has come
+    dismiss: Callable[[int, str], None]  # close behind what is queued
+    transport: asyncio.Transport
+
+    def __init__(self, shared: Shared, encode: Callable[[Message], bytes]) -> None:
         self._shared = shared
         self._hub = shared.hub
+        self._settings = shared.settings
+        self._loop = asyncio.get_running_loop()
         # per connection
         self.topics: set[str] = set()
-        self._expiring: dict[str, int] = {}  # topic: when its subscription ends, since 1970
-        self._json_mode = json_mode
-        self._refused = 0
-        self._pings_unanswered = 0
-        self._ping_at = self.loop.time() + shared.settings.ping_interval
+        self.encode = encode
+        self._expiring: dict[str, float] = {}  # topic: when its subscription ends, since 1970
+        self._replay: deque[Message | bytes] | None = None  # what waits, while there is one
+        self._behind = 0  # bytes of the frames in it, which were not there at its start
+        self._paused = False  # by the transport, until the peer has taken what is unsent
+        self._beat_at = self._loop.time() + shared.settings.ping_interval
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
 
-    # from asyncio
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        super().connection_made(transport)
+        self.peer = address(transport.get_extra_info("peername"))
+        self._shared.connections.add(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._paused = True
+        self.transport.pause_reading()  # or its pings would go on adding pongs
+        if self._replay is None:
+            self._drop()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._paused = False
+        self.transport.resume_reading()
+        self._pump()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._shared.connections.discard(self)
+        self._retire().cancel()  # commands may still be queued, and are not obeyed any more
+        log.debug("disconnected peer=%s", self.peer)
+        super().connection_lost(exc)
+
+    def deliver(self, frame: bytes) -> bool:
+        """Queue a frame, unless the connection is on its way out; say whether it was."""
+        if self._abort is not None:
+            return False
+        if self._replay is None:
+            self.transport.write(frame)
+            return True
+        self._replay.append(frame)
+        self._behind += len(frame)
+        if self._behind > self._settings.max_buffer_bytes:
+            self._drop()
+        return self._abort is None
+
+    def tick(self, now: float) -> None:
+        """Look at what is due by the loop's clock: a ping, or a subscription's end."""
+        if ended := [topic for topic, end in self._expiring.items() if end <= time.time()]:
+            self.end(ended)
+        if now >= self._beat_at and self._abort is None:
+            self._beat_at = now + self._settings.ping_interval
+            self.beat()
+
+    def _follow(self, topics: Sequence[str], claims: Claims, since: str, /, **about: Any) -> None:
+        """Subscribe, and replay what came after `since`: one stream with what comes live."""
+        messages, recovered = self._hub.history.since(topics, since) if since else ([], False)
+        for topic in topics:
+            self._hub.subscribe(self, topic)
+            self._expiring.pop(topic, None)
+            if claims.expire_at < math.inf:
+                self._expiring[topic] = claims.expire_at
+        about |= {"id": self._hub.history.position, "replayed": len(messages)}
+        self.tell("subscribed", **about, **({"recovered": recovered} if "-" in since else {}))
+        if messages and self._abort is None:
+            if self._replay is None:
+                self._replay = deque()
+                self.transport.set_write_buffer_limits(REPLAY_PIECE)
+            self._replay += messages
+            self._pump()
+
+    def _pump(self) -> None:
+        """Send the next piece of a replay, unless the peer has yet to take the last one."""
+        if self._replay is None or self._paused:
+            return
+        piece = bytearray()
+        while self._replay and len(piece) < REPLAY_PIECE:
+            item = self._replay.popleft()
+            self._behind -= len(item) if isinstance(item, bytes) else 0
+            piece += item if isinstance(item, bytes) else self.encode(item)
+        if piece:
+            self.transport.write(piece)
+            self._loop.call_soon(self._pump)  # after the others had their turn
+        else:
+            self._replay = None
+            self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
+
+    def _forget(self, topics: Iterable[str]) -> None:
+        for topic in topics:
+            self._hub.unsubscribe(self, topic)
+            self._expiring.pop(topic, None)
+
+    def _drop(self) -> None:
+        """Give up a subscriber that is too slow; it may come back and resume."""
+        if self._abort is None:
+            log.warning("dropped peer=%s why=slow topics=%d", self.peer, len(self.topics))
+            self._retire()
+            # Not now: a library may be in the middle of writing several frames.
+            self._loop.call_soon(self.dismiss, 4100, "too slow: reconnect and resume")
+
+    def _retire(self) -> asyncio.TimerHandle:
+        """Leave every topic, obey nothing more, and see to it that the connection ends."""
+        if self._abort is None:
+            self._forget(tuple(self.topics))
+            self._replay = None
+            self._abort = self._loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
+        return self._abort
+
+
+class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnection):
+    """One WebSocket connection: the library's own, which also hears from the hub."""
+
+    def __init__(self, shared: Shared, *arguments: Any, json_mode: bool, **options: Any) -> None:
+        encode = Message.json_frame if json_mode else Message.plain_frame
+        BaseSubscriber.__init__(self, shared, encode)
+        websockets.asyncio.server.ServerConnection.__init__(self, *arguments, **options)
+        self.protocol.available_subprotocols = [SUBPROTOCOL] if json_mode else None
+        # per connection
+        self._json_mode = json_mode
+        self._refused = 0
+        self._unanswered = 0  # pings
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # What a client sends ahead of the 101 would be answered ahead of it, too.
         cast(asyncio.Transport, transport).pause_reading()
         super().connection_made(transport)
-        self._shared.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
-        self._pings_unanswered = 0
+        self._unanswered = 0
         super().data_received(data)
         if self.state in (State.CLOSING, State.CLOSED):
             self._retire()
 
-    def pause_writing(self) -> None:
-        """Drop the subscriber: its unsent bytes passed MAX_BUFFER_BYTES."""
-        super().pause_writing()
-        self.transport.pause_reading()  # or its pings would go on adding pongs
-        if self._abort is None:
-            log.warning("dropped peer=%s why=slow topics=%d", self._peer, len(self.topics))
-            self._retire()
-            # Not now: the library may be in the middle of writing several frames.
-            self.loop.call_soon(self.dismiss, 4100, "too slow: reconnect and resume")
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self.transport.resume_reading()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._shared.connections.discard(self)
-        self._retire().cancel()  # commands may still be queued, and are not obeyed any more
-        log.debug("disconnected peer=%s", self._peer)
-        super().connection_lost(exc)
-
-    @property
-    def _peer(self) -> str:
-        return peer_name(self.transport)
-
-    # from the hub and the daemon
-
-    def deliver(self, message: Message) -> bool:
-        return self._send(message.json_frame if self._json_mode else message.plain_frame)
-
     def dismiss(self, code: int, reason: str) -> None:
-        """Close the connection behind what is queued; cut it if that takes too long."""
         if self.state is State.OPEN:
             # The library's own close would wait for a peer that takes nothing (15.0 to 17.4).
             self.protocol.send_close(code, reason)
@@ -734,67 +800,39 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
                 self.transport.write(data)
         self._retire()
 
-    def shut_down(self) -> None:
-        """Tell the subscriber that the server restarts."""
-        self.dismiss(1012, "the server restarts: reconnect after a random pause")
+    def tell(self, event: str, plain: str = "", **members: Any) -> None:
+        if self._json_mode or plain:
+            text = dump_json({"event": event, **members}) if self._json_mode else plain
+            self.deliver(text_frame(text.encode()))
 
     def tick(self, now: float) -> None:
-        """Look at what is due by the loop's clock: a ping, a subscription's end, or the cut."""
-        if self.state is State.CONNECTING:
-            return
-        if self.state is not State.OPEN:
+        if self.state is State.OPEN:
+            super().tick(now)
+        elif self.state is not State.CONNECTING:
             self._retire()
+
+    def beat(self) -> None:
+        # Counted, not timed: after a pause of the whole machine nobody is to blame.
+        if self._unanswered >= 2:
+            log.info("dropped peer=%s why=silent topics=%d", self.peer, len(self.topics))
+            self.transport.abort()
             return
-        if self._expiring:
-            self._expire(time.time())
-        if now >= self._ping_at:
-            # Counted, not timed: after a pause of the whole machine nobody is to blame.
-            if self._pings_unanswered >= 2:
-                log.info("dropped peer=%s why=silent topics=%d", self._peer, len(self.topics))
-                self.transport.abort()
-                return
-            self._pings_unanswered += 1
-            self._ping_at = now + self._shared.settings.ping_interval
-            self._send(PING_FRAME + KEEPALIVE_FRAME if self._json_mode else PING_FRAME)
+        self._unanswered += 1
+        self.transport.write(PING_FRAME)
+        self.tell("keepalive")
 
-    def _send(self, frame: bytes) -> bool:
-        """Queue a frame, unless the connection is on its way out; say whether it was."""
-        if self._abort is not None or self.state is not State.OPEN:
-            return False
-        self.transport.write(frame)
-        return True
-
-    def _retire(self) -> asyncio.TimerHandle:
-        """Leave every topic, obey nothing more, and see to it that the connection ends."""
-        if self._abort is None:
-            self._hub.leave(self)
-            self._abort = self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
-        return self._abort
-
-    def _expire(self, now_s: float) -> None:
-        for topic in [topic for topic, end in self._expiring.items() if end <= now_s]:
-            self._unsubscribe([topic], error="token_expired")
-            if not self._json_mode:
-                self._send(text_frame(f"Subscription to {topic} expired"))
-
-    # commands
-
-    def answer_handshake(self, request: object, response: Response) -> None:
-        """Name the subprotocol: the hook between a handshake and its answer.
-
-        The `select_subprotocol` of serve() takes what create_connection made for this very
-        connection (websockets 15.0 to 17.4), and that is an HTTPConnection here.
-        """
-        if self._json_mode and response.status_code == 101:
-            response.headers["Sec-WebSocket-Protocol"] = SUBPROTOCOL
+    def end(self, topics: list[str]) -> None:
+        self._forget(topics)
+        for topic in topics:
+            plain = f"Subscription to {topic} expired"
+            self.tell("unsubscribed", plain, topics=[topic], error="token_expired")
 
     async def run(self) -> None:
         """Obey commands until the connection is closed."""
         self.transport.resume_reading()
-        log.debug("connected peer=%s mode=%s", self._peer, "json" if self._json_mode else "plain")
-        if self._json_mode:
-            position, keepalive = self._hub.history.position, self._shared.settings.ping_interval
-            self._send(event_frame("open", id=position, keepalive=keepalive))
+        log.debug("connected peer=%s json_mode=%s", self.peer, self._json_mode)
+        position, keepalive = self._hub.history.position, self._settings.ping_interval
+        self.tell("open", id=position, keepalive=keepalive)
         with contextlib.suppress(ConnectionClosed):
             async for text in self:
                 if isinstance(text, str) and self._abort is None:
@@ -804,11 +842,10 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
         """Obey one command; the grammar is the Rust program's: words, one space between them."""
         command, _, rest = text.partition(" ")
         words = rest.split(" ")
-        if command == "/subscribe" and rest:
-            if len(words) in (2, 3) and all(words):
-                self._subscribe(*words)
-            else:
-                self._refuse("subscribe", Refusal(400, INVALID_SUBSCRIBE))
+        if command == "/subscribe" and rest and (len(words) not in (2, 3) or not all(words)):
+            self._refuse("subscribe", Refusal(400, INVALID_SUBSCRIBE))
+        elif command == "/subscribe" and rest:
+            self._subscribe(*words)
         elif command == "/unsubscribe" and rest:
             self._unsubscribe([rest])
         elif text == "/unsubscribe-all":
@@ -818,52 +855,67 @@ class WebSocketSubscriber(websockets.asyncio.server.ServerConnection):
 
     def _subscribe(self, topic: str, token: str, since: str = "") -> None:
         try:
-            check_topic(topic)
+            check_topics([topic])
             claims = self._shared.verifier.authorize(token, "subscribe", [topic])
-            if since and not SINCE.fullmatch(since):
-                raise Refusal(400, "since is an id, latest or all")
-            if topic not in self.topics and len(self.topics) >= self._shared.settings.max_topics:
-                raise Refusal(403, "this connection has as many topics as it may")
+            refuse_if(since and not SINCE.fullmatch(since), 400, BAD_SINCE)
+            full = topic not in self.topics and len(self.topics) >= self._settings.max_topics
+            refuse_if(full, 403, "this connection has as many topics as it may")
         except Refusal as refusal:
             self._refuse("subscribe", refusal, topic)
-            return
-        self._hub.subscribe(self, topic)
-        self._expiring.pop(topic, None)
-        if claims.expire_at is not None:
-            self._expiring[topic] = claims.expire_at
-        if self._json_mode:
-            position = self._hub.history.position
-            # Nothing is held yet, so nothing is missing only where nothing came since.
-            recovered = {"recovered": since == position} if "-" in since else {}
-            self._send(event_frame("subscribed", topic=topic, id=position, replayed=0, **recovered))
+        else:
+            self._follow([topic], claims, since, topic=topic)
 
-    def _unsubscribe(self, topics: list[str], **error: str) -> None:
-        for topic in topics:
-            self._hub.unsubscribe(self, topic)
-            self._expiring.pop(topic, None)
-        if self._json_mode:
-            self._send(event_frame("unsubscribed", topics=topics, **error))
+    def _unsubscribe(self, topics: list[str]) -> None:
+        self._forget(topics)
+        self.tell("unsubscribed", topics=topics)
 
     def _refuse(self, operation: str, refusal: Refusal, topic: str | None = None) -> None:
         """Answer a refused command; the last one that is allowed ends the connection."""
-        log_refusal(self._peer, operation, refusal)
-        if topic is not None and (CONTROL_CHARACTER.search(topic) or len(topic) > TOPIC_MAX):
-            topic = printable(topic, 64)
-        if self._json_mode:
-            command = "/subscribe" if operation == "subscribe" else None
-            members = {"error": refusal.code, "detail": refusal.detail, "command": command}
-            self._send(event_frame("error", **members, topic=topic))
-        elif topic is not None:
-            self._send(text_frame(f"Not allowed to subscribe to {topic}: {refusal.detail}"))
-        else:
-            self._send(text_frame(refusal.detail))
+        refusal.log(self.peer, operation)
+        if topic is not None and CONTROL_CHARACTER.search(topic):  # the answer is one line
+            topic = printable(topic)
+        command = "/subscribe" if operation == "subscribe" else None
+        about = {"error": refusal.code, "detail": refusal.detail, "command": command}
+        start = "" if topic is None else f"Not allowed to subscribe to {topic}: "
+        self.tell("error", start + refusal.detail, **about, topic=topic)
         self._refused += 1
         if self._refused >= COMMANDS_REFUSED_MAX:
             self.dismiss(1008, "too many refused commands")
 
 
+class EventStream(BaseSubscriber):
+    """One event stream, a GET /sse whose answer does not end; what still comes in is dropped."""
+
+    def __init__(self, shared: Shared, head: Response, topics: list[str], *how: Any) -> None:
+        super().__init__(shared, Message.event_lines)
+        self.head = head
+        self._start = functools.partial(self._follow, topics, *how, topics=topics)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._start()
+
+    def dismiss(self, code: int, reason: str) -> None:
+        self._retire()
+        self.transport.close()
+
+    def tell(self, event: str, **members: Any) -> None:
+        # What is replayed has ids of its own, which the client must not be ahead of.
+        event_id = "" if members.get("replayed") else members.get("id", "")
+        self.deliver(event_lines(event, dump_json({"event": event, **members}), event_id))
+
+    def beat(self) -> None:
+        self.deliver(b":\n\n")
+
+    def end(self, topics: list[str]) -> None:
+        self.tell("unsubscribed", topics=topics, error="token_expired")
+        self.dismiss(1000, "token_expired")
+
+
 # --- HTTP: bytes to requests, answers to bytes. Knows no topics and no tokens. ---
 
+HEAD_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z\r-]")
+HEAD_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")  # or a line that does not end in CRLF
 REQUEST_LINE = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) "
     # RFC 3986's characters, no control characters behind a %, no fragment; RFC 9112 section 3.2
@@ -876,41 +928,93 @@ HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 MEMBER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+TOO_LARGE = "the body is larger than MAX_MESSAGE_BYTES"
 HANDSHAKE = (
     "GET /ws HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {}\r\n\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {}\r\n{}\r\n"
 )
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 
 
-class Request(HandshakeRequest):
-    """A request as the library knows it, path and headers, and what its handshakes never have."""
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request; `headers` has the values of each name, which is in lower case."""
 
-    method = "GET"
-    body = b""
-    version = (1, 1)
+    method: str
+    path: str
+    version: tuple[int, int]
+    headers: defaultdict[str, list[str]]
+    body: bytes = b""
 
     def tokens(self, name: str) -> list[str]:
         """Return a list-valued header's members, lower case. Raises Refusal where it is none."""
-        members = ",".join(self.headers.get_all(name)).lower().split(",")
-        # Empty ones are nothing: RFC 9110 section 5.6.1.
-        members = [member for member in (member.strip(" \t") for member in members) if member]
-        if not all(map(MEMBER.fullmatch, members)):
-            raise Refusal(400, "a malformed header")
+        members = ",".join(self.headers[name]).lower().split(",")
+        members = [member.strip(" \t") for member in members]
+        members = [member for member in members if member]  # RFC 9110 section 5.6.1
+        refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
         return members
+
+
+def _parse_headers(lines: Iterable[bytes]) -> defaultdict[str, list[str]]:
+    headers = defaultdict(list)
+    for line in lines:
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            raise Refusal(400, "a malformed header")
+        value = match[2].strip(b" \t").decode("latin-1")
+        headers[match[1].decode().lower()].append(value)
+    return headers
+
+
+def _parse_head(lines: list[bytes]) -> Request:
+    """Return the request in the lines of a head. Raises Refusal."""
+    match = REQUEST_LINE.fullmatch(lines[0]) if lines else None
+    if not match:
+        raise Refusal(400, "a malformed request line")
+    method, authority, target, major, minor = (part.decode() for part in match.groups(b""))
+    elsewhere = authority and (target == "*" or not HOST.fullmatch(authority))
+    if elsewhere or not (authority or target) or (target == "*" and method != "OPTIONS"):
+        raise Refusal(400, "a malformed request line")
+    refuse_if(major != "1" or minor not in "01", 505, "this server speaks HTTP/1.1")
+    request = Request(method, target or "/", (1, int(minor)), _parse_headers(lines[1:]))
+    hosts = request.headers["host"]
+    missing = not hosts and request.version == (1, 1)
+    refuse_if(missing or len(hosts) > 1, 400, "not exactly one Host header")
+    refuse_if(hosts and not HOST.fullmatch(hosts[0]), 400, "a malformed Host header")
+    return request
+
+
+def _body_length(request: Request, most: int) -> int | None:
+    """Return the body's length, None for chunked (RFC 9112 section 6). Raises Refusal."""
+    codings, lengths = request.headers["transfer-encoding"], request.headers["content-length"]
+    if codings:
+        refuse_if(
+            lengths or len(codings) > 1 or request.version == (1, 0), 400, "a length in doubt"
+        )
+        if codings[0].lower() != "chunked":  # exactly, since others may read a list otherwise
+            known = all(MEMBER.fullmatch(member.strip(" ")) for member in codings[0].split(","))
+            raise Refusal(501 if known else 400, "a transfer coding other than chunked")
+    elif lengths and (len(lengths) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0])):
+        raise Refusal(400, "a malformed Content-Length")
+    length = None if codings else int(lengths[0]) if lengths else 0
+    refuse_if(length != 0 and request.method in ("GET", "HEAD"), 400, "a body where none belongs")
+    if request.version == (1, 1) and set(request.tokens("expect")) - {"100-continue"}:
+        raise Refusal(417, "an expectation other than 100-continue")
+    refuse_if(set(request.tokens("content-encoding")) - {"identity"}, 415, "a compressed body")
+    refuse_if((length or 0) > most, 413, TOO_LARGE)
+    return length
 
 
 class RequestReader:
     """Reads requests from bytes, strictly: a full match or a Refusal, never a repair.
 
-    No I/O and no clock: feed() what came, then ask for next_request() until there is none. How
-    the bytes were cut never changes the outcome. After a Refusal nothing more can be read.
+    No I/O and no clock. How the bytes were cut never changes the outcome, and nothing more can
+    be read after a Refusal.
     """
 
     def __init__(self, body_max: int) -> None:
         self._body_max = body_max
         self._buffer = bytearray()
-        self._budget = 0  # bytes that the lines of this head or chunk line may still take
         self._steps = self._read()
         self.request: Request | None = None  # the newest, as far as it is known
         self.stage = "idle"  # then "head", then "body"
@@ -933,34 +1037,23 @@ class RequestReader:
         while True:
             while not self._buffer:
                 yield None
-            self.stage, self.request, self._budget = "head", None, HEAD_MAX
-            # One empty line before a request is tolerated: RFC 9112 section 2.2.
-            line = (yield from self._line(414)) or (yield from self._line(414))
-            self.request = request = self._request_line(line)
-            request.headers = yield from self._header_lines()
-            length = self._check_head(request)
+            self.stage, self.request = "head", None
+            # TLS, say, whose hello may have no line's end
+            refuse_if(not HEAD_START.match(self._buffer), 400, "a malformed request line")
+            lines = yield from self._lines()
+            if not lines[0]:  # one empty line is tolerated: RFC 9112 section 2.2
+                del lines[0]
+            self.request = request = _parse_head(lines)
+            length = _body_length(request, self._body_max)
             if length != 0:
                 self.stage = "body"
-                expected = request.version == (1, 1) and "100-continue" in request.tokens("Expect")
+                expected = request.version == (1, 1) and "100-continue" in request.tokens("expect")
                 self.wants_continue = expected and not self._buffer
                 body = self._chunks() if length is None else self._exactly(length)
                 request.body = yield from body
             self.stage = "idle"
             yield request
             request.body = b""  # or an idle connection would keep it
-
-    def _line(self, too_long: int) -> Generator[None, None, bytes]:
-        """Read a line and drop its CRLF. Raises Refusal, with status `too_long` for a long one."""
-        limit = min(LINE_MAX + 2, self._budget)
-        while not (end := self._buffer.find(b"\n", 0, limit) + 1):
-            if len(self._buffer) >= limit:
-                raise Refusal(too_long, "a line, or all lines together, are too long")
-            yield
-        self._budget -= end
-        line = yield from self._exactly(end)
-        if not line.endswith(b"\r\n"):
-            raise Refusal(400, "a line that does not end in CRLF")
-        return line[:-2]
 
     def _exactly(self, size: int) -> Generator[None, None, bytes]:
         while len(self._buffer) < size:
@@ -969,112 +1062,67 @@ class RequestReader:
         del self._buffer[:size]
         return data
 
-    def _request_line(self, line: bytes) -> Request:
-        match = REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise Refusal(400, "a malformed request line")
-        method, authority, target, major, minor = (part.decode() for part in match.groups(b""))
-        elsewhere = authority and (target == "*" or not HOST.fullmatch(authority))
-        if elsewhere or not (authority or target) or (target == "*" and method != "OPTIONS"):
-            raise Refusal(400, "a malformed request line")
-        if major != "1" or minor not in "01":
-            raise Refusal(505, "this server speaks HTTP/1.1")
-        request = Request(target or "/", Headers())
-        request.method, request.version = method, (1, int(minor))
-        return request
-
-    def _header_lines(self) -> Generator[None, None, Headers]:
-        headers: list[tuple[str, str]] = []
-        while line := (yield from self._line(431)):
-            match = HEADER_LINE.fullmatch(line)
-            if not match:
-                raise Refusal(400, "a malformed header")
-            if len(headers) == HEADERS_MAX:
-                raise Refusal(431, "more headers than are read")
-            headers.append((match[1].decode(), match[2].strip(b" \t").decode("latin-1")))
-        return Headers(headers)
-
-    def _check_head(self, request: Request) -> int | None:
-        """Return the body's length, None for chunked (RFC 9112 section 6). Raises Refusal."""
-        headers = request.headers
-        hosts = headers.get_all("Host")
-        if len(hosts) > 1 or (not hosts and request.version == (1, 1)):
-            raise Refusal(400, "not exactly one Host header")
-        if hosts and not HOST.fullmatch(hosts[0]):
-            raise Refusal(400, "a malformed Host header")
-        codings, lengths = headers.get_all("Transfer-Encoding"), headers.get_all("Content-Length")
-        if codings:
-            if lengths or len(codings) > 1 or request.version == (1, 0):
-                raise Refusal(400, "a body of ambiguous length")
-            if codings[0].lower() != "chunked":  # exactly, since others may read a list otherwise
-                known = all(MEMBER.fullmatch(member.strip(" ")) for member in codings[0].split(","))
-                raise Refusal(501 if known else 400, "a transfer coding other than chunked")
-        elif lengths and (len(lengths) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0])):
-            raise Refusal(400, "a malformed Content-Length")
-        length = None if codings else int(lengths[0]) if lengths else 0
-        if length != 0 and request.method in ("GET", "HEAD"):
-            raise Refusal(400, "a body where none belongs")
-        if request.version == (1, 1) and set(request.tokens("Expect")) - {"100-continue"}:
-            raise Refusal(417, "an expectation other than 100-continue")
-        if set(request.tokens("Content-Encoding")) - {"identity"}:
-            raise Refusal(415, "a compressed body")
-        if length is not None and length > self._body_max:
-            raise Refusal(413, "the body is larger than MAX_MESSAGE_BYTES")
-        return length
+    def _lines(self) -> Generator[None, None, list[bytes]]:
+        """Read lines through an empty one. Raises Refusal: 414 where the first is too long."""
+        start = 0
+        while not (end := HEAD_END.search(self._buffer, start, HEAD_MAX)):
+            if len(self._buffer) >= HEAD_MAX:
+                long = self._buffer.find(b"\n", 0, LINE_MAX + 2) < 0
+                raise Refusal(414 if long else 431, "a line, or all lines together, are too long")
+            start = max(0, len(self._buffer) - 3)
+            yield
+        refuse_if(end[0] == b"\n", 400, "a line that does not end in CRLF")
+        lines = (yield from self._exactly(end.end())).split(b"\r\n")[:-2]
+        if max(map(len, lines)) > LINE_MAX:
+            raise Refusal(414 if len(lines[0]) > LINE_MAX else 431, "a line that is too long")
+        refuse_if(len(lines) - 1 > HEADERS_MAX, 431, "more headers than are read")
+        return lines
 
     def _chunks(self) -> Generator[None, None, bytes]:
         """Read a chunked body; extensions and trailers are dropped (RFC 9112 section 7.1)."""
         body = bytearray()
         while True:
-            self._budget = CHUNK_LINE_MAX
-            match = CHUNK_LINE.fullmatch((yield from self._line(400)))
+            while (end := self._buffer.find(b"\r\n", 0, CHUNK_LINE_MAX)) < 0:
+                refuse_if(len(self._buffer) >= CHUNK_LINE_MAX, 400, "a malformed chunk")
+                yield
+            match = CHUNK_LINE.fullmatch(self._buffer[:end])
             if not match:
                 raise Refusal(400, "a malformed chunk")
             size = int(match[1], 16)
-            if len(body) + size > self._body_max:
-                raise Refusal(413, "the body is larger than MAX_MESSAGE_BYTES")
+            refuse_if(len(body) + size > self._body_max, 413, TOO_LARGE)
+            del self._buffer[:end]  # but not its CRLF, so that what follows has one on both sides
             if size == 0:
-                self._budget = HEAD_MAX
-                yield from self._header_lines()
+                _parse_headers((yield from self._lines())[1:])
                 return bytes(body)
-            chunk = yield from self._exactly(size + 2)
-            if not chunk.endswith(b"\r\n"):
-                raise Refusal(400, "a malformed chunk")
-            body += chunk[:-2]
-
-
-WebSocketMaker = Callable[..., WebSocketSubscriber]
+            chunk = yield from self._exactly(size + 4)
+            refuse_if(not chunk.endswith(b"\r\n"), 400, "a malformed chunk")
+            body += chunk[2:-2]
 
 
 class HTTPConnection(asyncio.Protocol):
-    """One client's connection, from its first byte until it closes or turns into a WebSocket.
+    """One client's connection, from its first byte until it closes or turns into a subscriber."""
 
-    Requests are answered one after the other, in the order in which they came.
-    """
-
-    def __init__(self, shared: Shared, router: Router, make_websocket: WebSocketMaker) -> None:
+    def __init__(self, shared: Shared, router: Router, websocket: Callable[..., Any]) -> None:
         self._shared = shared
         self._router = router
         # per connection
-        self._make_websocket = make_websocket
-        self._loop = asyncio.get_running_loop()
+        self._make_websocket = websocket
         self._reader = RequestReader(shared.settings.max_message_bytes)
         self.transport: asyncio.Transport
-        self._writing_paused = False
+        self._paused = False  # by the transport, until the client has taken what is unsent
         self._closing = False  # the last answer is written
         self._ended = False  # the client sends nothing more
         # per request
-        self._stage: object = None  # what the deadline is for
-        self._deadline = self._loop.time() + TIMEOUTS_S["head"]
-
-    # from asyncio
+        self._state: tuple[str, object, int] = ("", None, 0)  # what it does, and how far it is
+        self._deadline = 0.0  # for that, by the loop's clock
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.peer = address(transport.get_extra_info("peername"))
         # An attribute of asyncio's socket transports (3.11 to 3.13); elsewhere it does nothing.
         self.transport.max_size = READ_MAX  # type: ignore[attr-defined]
         self._shared.connections.add(self)
-        if len(self._shared.connections) > self._shared.connections_max:
+        if len(self._shared.connections) > self._shared.settings.max_connections:
             self._refuse(Refusal(503, "the server has as many connections as it may"))
 
     def data_received(self, data: bytes) -> None:
@@ -1083,19 +1131,16 @@ class HTTPConnection(asyncio.Protocol):
             self._advance()
 
     def eof_received(self) -> bool:
-        """Keep the connection while an answer is owed; the last one ends it."""
         self._ended = True
         self._advance()
-        return not self._closing
+        return not self._closing  # kept while an answer is owed; the last one ends it
 
     def pause_writing(self) -> None:
-        self._writing_paused = True
-        self._deadline = self._loop.time() + WRITE_TIMEOUT_S
+        self._paused = True
         self.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        self._writing_paused = False
-        self._stage = None
+        self._paused = False
         self.transport.resume_reading()
         self._advance()
 
@@ -1103,65 +1148,55 @@ class HTTPConnection(asyncio.Protocol):
         self._closing = True
         self._shared.connections.discard(self)
 
-    # from the daemon
-
     def tick(self, now: float) -> None:
-        """End the connection where its deadline has passed by the loop's clock."""
-        if now < self._deadline:
-            return
-        if self._closing or self._writing_paused:
-            self.transport.abort()
-        elif self._reader.stage == "idle":
+        """End the connection where it does the same for too long, by the loop's clock."""
+        unsent = self.transport.get_write_buffer_size()
+        doing = "write" if unsent else "linger" if self._closing else self._reader.stage
+        state = doing, self._reader.request, unsent
+        if state != self._state:
+            self._state, self._deadline = state, now + TIMEOUTS_S[doing]
+        if doing == "idle" and (now >= self._deadline or self._router.stopping):
             self._close()
-        else:
-            self._refuse(Refusal(408, f"the {self._reader.stage} took too long"))
-
-    def shut_down(self) -> None:
-        """End a connection that owes no answer with the next tick; another's next is its last."""
-        if self._reader.empty and not self._closing and not self._writing_paused:
-            self._deadline = self._loop.time()
-
-    # requests and answers
+        elif now >= self._deadline and doing in ("write", "linger"):
+            self.transport.abort()
+        elif now >= self._deadline:
+            self._refuse(Refusal(408, f"the {doing} took too long"))
 
     def _advance(self) -> None:
-        """Answer every request that is complete, then wait for the next one's bytes."""
+        """Answer every request that is complete, then see to it that more bytes come."""
         try:
-            for _ in range(REQUESTS_PER_TURN):
-                if self._closing or self._writing_paused:
-                    return
-                request = self._reader.next_request()
-                if request is None:
-                    self._wait()
-                    return
-                self._stage = None
-                self._answer(request)
+            while not self._closing and not self._paused:
+                if request := self._reader.next_request():
+                    self._answer(request)
+                    continue
+                refuse_if(self._ended and not self._reader.empty, 400, "the request ended early")
+                if self._ended:
+                    return self._close()
+                self.transport.resume_reading()
+                if self._reader.wants_continue:
+                    self._reader.wants_continue = False
+                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                return None
         except Refusal as refusal:
             self._refuse(refusal)
-        else:  # there may be more, after the others had their turn
-            self.transport.pause_reading()
-            self._loop.call_soon(self._advance)
-
-    def _wait(self) -> None:
-        """See to it that more bytes come, and in time. Raises Refusal where none will."""
-        if self._ended and not self._reader.empty:
-            raise Refusal(400, "the request ended early")
-        if self._ended:
-            self._close()
-            return
-        self.transport.resume_reading()
-        if self._reader.wants_continue:
-            self._reader.wants_continue = False
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._reader.stage != self._stage:
-            self._stage = self._reader.stage
-            self._deadline = self._loop.time() + TIMEOUTS_S[self._reader.stage]
 
     def _answer(self, request: Request) -> None:
         # May refuse, so before anything happens. RFC 9112 section 9.3.
-        last = "close" in request.tokens("Connection") or request.version == (1, 0)
+        last = "close" in request.tokens("connection") or request.version == (1, 0)
         response = self._router.process_request(self, request)
-        if response is None:
-            self._upgrade(request)
+        if response is None:  # a WebSocket
+            refuse_if(not self._reader.empty, 400, "bytes behind a handshake without an answer yet")
+            json_mode = SUBPROTOCOL in request.tokens("sec-websocket-protocol")
+            websocket = self._make_websocket(json_mode=json_mode)
+            self._hand_over(websocket)
+            # What was checked, and nothing else that a client may have put around it.
+            subprotocol = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n" if json_mode else ""
+            head = HANDSHAKE.format(request.headers["sec-websocket-key"][0], subprotocol)
+            websocket.data_received(head.encode())
+        elif isinstance(response, EventStream):
+            self.transport.set_write_buffer_limits(self._shared.settings.max_buffer_bytes)
+            self._write(request, response.head, False)
+            self._hand_over(response)
         else:
             self._write(request, response, last or self._router.stopping)
 
@@ -1183,42 +1218,202 @@ class HTTPConnection(asyncio.Protocol):
     def _close(self) -> None:
         """End the connection so that the client can read the last answer.
 
-        To close a socket with bytes unread resets it, and the answer is lost: so where more may
-        come, only our side is closed, and what still comes is read and dropped for LINGER_S.
+        To close a socket with bytes unread would reset it: so where more may come, only our side
+        is closed, and what still comes is read and dropped for a while.
         """
         self._closing = True
-        self._deadline = self._loop.time() + WRITE_TIMEOUT_S
         if self._ended or self._reader.empty or not self.transport.can_write_eof():
             self.transport.close()
         else:
-            self._deadline = self._loop.time() + LINGER_S
             self.transport.resume_reading()
             self.transport.write_eof()
 
-    def _upgrade(self, request: Request) -> None:
-        """Hand the connection over to websockets, for the handshake and all that follows."""
-        if not self._reader.empty:
-            raise Refusal(400, "bytes behind a handshake that was not answered yet")
+    def _hand_over(self, protocol: asyncio.Protocol) -> None:
         self._closing = True
         self._shared.connections.discard(self)
-        offered = ",".join(request.headers.get_all("Sec-WebSocket-Protocol")).split(",")
-        json_mode = SUBPROTOCOL in (name.strip(" \t") for name in offered)
         self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
-        websocket = self._make_websocket(json_mode=json_mode)
-        self.transport.set_protocol(websocket)
-        websocket.connection_made(self.transport)
-        # What was checked, and nothing else that a client may have put around it.
-        key = request.headers["Sec-WebSocket-Key"]
-        websocket.data_received(HANDSHAKE.format(key).encode())
+        self.transport.set_protocol(protocol)
+        protocol.connection_made(self.transport)
+
+
+# --- Browser: notiflux.js, and the console that is built on it. ---
+
+CLIENT = r"""// new Notiflux(url, {token: async topic => "...", onstatus, WebSocket}), in Node too:
+// reconnects, and resumes each topic after its last message with a fresh token. onstatus hears
+// {state}: connecting, open, waiting, closed; and of one topic {topic, state}: subscribed (with
+// recovered: false where messages may be missing) or refused ({error, detail}).
+export class Notiflux {
+  #url; #options; #socket; #timer; #topics = new Map();
+  #ready = false; #keepalive = 15; #attempts = 0;
+  constructor(url, options) {
+    this.#url = String(url).replace(/^http/, "ws");
+    this.#options = {onstatus() {}, WebSocket: globalThis.WebSocket, ...options};
+    this.#connect();
+  }
+  // callback(message, {topic, id, time}); since is an id, "latest" or "all", to replay first
+  subscribe(topic, callback, {since = ""} = {}) {
+    if (!/^\S+$/.test(topic)) throw new TypeError("a topic is text without spaces");
+    this.#topics.set(topic, {callback, since, refused: false});
+    if (this.#ready) this.#join(topic);
+  }
+  unsubscribe(topic) {
+    if (this.#topics.delete(topic) && this.#ready) this.#socket.send(`/unsubscribe ${topic}`);
+  }
+  close() { this.#leave("closed"); }
+  #connect() {
+    const socket = this.#socket = new this.#options.WebSocket(this.#url, "notiflux.v1");
+    const current = act => event => { if (socket === this.#socket) act(event); };
+    socket.onmessage = current(({data}) => this.#hear(JSON.parse(data)));
+    socket.onclose = current(({code}) => code === 1008 ? this.close() : this.#retry());
+    socket.onerror = () => {};  // a close follows
+    this.#watch();
+    this.#options.onstatus({state: "connecting"});
+  }
+  #leave(state) {
+    const socket = this.#socket;
+    [this.#socket, this.#ready] = [undefined, false];  // what it still says comes too late
+    clearTimeout(this.#timer);
+    socket?.close();
+    this.#options.onstatus({state});
+  }
+  #retry() {
+    this.#leave("waiting");
+    const most = Math.min(30_000, 1000 * 2 ** this.#attempts++);
+    this.#timer = setTimeout(() => this.#connect(), Math.random() * most);
+  }
+  #watch() {
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#retry(), 2000 * this.#keepalive);
+  }
+  async #join(topic) {
+    const socket = this.#socket, subscription = this.#topics.get(topic);
+    const current = () => socket === this.#socket && subscription === this.#topics.get(topic);
+    try {
+      const token = await this.#options.token(topic);
+      if (current()) socket.send(`/subscribe ${topic} ${token} ${subscription.since}`);
+    } catch {
+      if (current()) this.#retry();
+    }
+  }
+  #hear({event, id, topic, topics, keepalive, replayed, recovered, error, detail, ...rest}) {
+    const subscription = this.#topics.get(topic);
+    this.#keepalive = keepalive ?? this.#keepalive;
+    this.#watch();
+    if (event === "open") {
+      this.#ready = true;
+      this.#options.onstatus({state: "open"});
+      for (const name of this.#topics.keys()) this.#join(name);
+    } else if (event === "unsubscribed" && error) {
+      for (const name of topics) if (this.#topics.has(name)) this.#join(name);
+    } else if (event === "error" && subscription && !subscription.refused) {
+      subscription.refused = true;  // a fresh token may help, once
+      this.#join(topic);
+    } else if (event === "error" && subscription) {
+      this.#topics.delete(topic);
+      this.#options.onstatus({state: "refused", topic, error, detail});
+    } else if (event === "subscribed" && subscription) {
+      [subscription.refused, this.#attempts] = [false, 0];
+      if (!replayed) subscription.since = id;
+      this.#options.onstatus({state: "subscribed", topic, replayed, recovered});
+    } else if (event === "message" && subscription) {
+      subscription.since = id;
+      subscription.callback(rest.message, {topic, id, time: rest.time});
+    }
+  }
+}
+"""
+
+CONSOLE = r"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>notiflux</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+  :root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 25%, Canvas) }
+  body { font: 1rem/1.45 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 0 1rem }
+  main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) }
+  form { display: grid; gap: .6rem; padding: 0 1rem 1rem; border: 1px solid var(--line) }
+  label { display: grid; font-size: .9rem } small { display: block; opacity: .75 }
+  input, textarea, button { font: inherit; padding: .4rem; min-width: 0 }
+  #state { float: right; font-size: 1rem; font-weight: normal }
+  #state::before { content: "\25cf  "; color: #d70 } #state[data-state=open]::before { color: #2a3 }
+  ol { list-style: none; padding: 0; overflow-wrap: anywhere }
+  li { border-top: 1px solid var(--line); padding: .4rem 0; white-space: pre-wrap }
+</style>
+<h1>notiflux <output id="state"></output></h1><main>
+<form id="subscribe"><h3>Subscribe</h3>
+  <label>Token <input name="token" required autocomplete="off"></label>
+  <label>Topic <input name="topic" required pattern="\S+"></label>
+  <button>Subscribe</button>
+</form>
+<form id="broadcast"><h3>Broadcast</h3>
+  <label>Token <input name="token" required autocomplete="off"></label>
+  <label>Topic <input name="topic" required></label>
+  <label>Message <textarea name="message" rows="2"></textarea></label>
+  <button>Broadcast</button> <output id="answer"></output>
+</form></main>
+<ol id="messages" aria-label="Messages" aria-live="polite"></ol>
+<script type="module">
+  import {Notiflux} from "./notiflux.js";
+  const at = id => document.getElementById(id), tokens = new Map();
+  const show = (text, about, time = Date.now()) => {
+    const [item, small] = ["li", "small"].map(name => document.createElement(name));
+    small.textContent = `${new Date(time).toLocaleString()} · ${about}`;
+    item.append(small, text);  // as text, never as markup
+    at("messages").prepend(item);
+    if (at("messages").childElementCount > 500) at("messages").lastChild.remove();
+  };
+  const onstatus = ({state, topic, replayed, recovered, error, detail}) => {
+    const missed = recovered === false ? "messages may have been missed, " : "";
+    if (!topic) at("state").textContent = at("state").dataset.state = state;
+    else if (state === "refused") show(`${error}: ${detail}`, topic);
+    else show(`subscribed, ${missed}${replayed} from history`, topic);
+  };
+  const client = new Notiflux(new URL("ws", location), {token: t => tokens.get(t), onstatus});
+  at("subscribe").onsubmit = event => {
+    event.preventDefault();
+    const {token, topic} = Object.fromEntries(new FormData(event.target));
+    const text = message => typeof message === "string" ? message : JSON.stringify(message);
+    const heard = (message, {id, time}) => show(text(message), `${topic} · ${id}`, time);
+    tokens.set(topic, token);
+    client.subscribe(topic, heard, {since: "all"});
+  };
+  at("broadcast").onsubmit = async event => {
+    event.preventDefault();
+    const body = JSON.stringify(Object.fromEntries(new FormData(event.target)));
+    try {
+      const answer = await (await fetch("broadcast", {method: "POST", body})).json();
+      at("answer").textContent = answer.error ? answer.detail : JSON.stringify(answer);
+    } catch (error) {
+      at("answer").textContent = `no answer, so it may or may not have happened: ${error.message}`;
+    }
+  };
+  const given = new URLSearchParams(location.hash.slice(1));
+  for (const form of document.forms)
+    for (const [field, name] of [["token", form.id], ["topic", "topic"]])
+      form.elements[field].value = given.get(name) ?? "";
+</script>
+"""
+
+
+INLINE = re.findall(r"<(?:style|script)[^>]*>(.*?)</", CONSOLE, re.DOTALL)
+STYLE, SCRIPT = (base64.b64encode(hashlib.sha256(p.encode()).digest()).decode() for p in INLINE)
+POLICY = (
+    f"default-src 'none'; script-src 'self' 'sha256-{SCRIPT}'; style-src 'sha256-{STYLE}'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGES = {"/": (CONSOLE.encode(), "text/html"), "/notiflux.js": (CLIENT.encode(), "text/javascript")}
 
 
 # --- Routes: where a path and a method become an answer. No bytes of HTTP. ---
 
-ROUTES = {"/broadcast": ["POST"], "/ws": ["GET", "HEAD"], "/health": ["GET", "HEAD"]}
 PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
-    "Access-Control-Max-Age": "86400",
+}
+STREAM = {
+    "Content-Type": "text/event-stream",
+    "Cache-Control": "no-store",
+    "X-Accel-Buffering": "no",  # or nginx would gather events before it sends them on
+    "Connection": "close",
 }
 WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64: RFC 6455 section 4.1
 
@@ -1229,15 +1424,20 @@ class Router:
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
         self.stopping = False
+        read = ["GET", "HEAD"]
+        self._routes: dict[str, tuple[list[str], Any]] = {
+            "/broadcast": (["POST"], self._broadcast),
+            "/ws": (read, self._websocket),
+            "/sse": (read, self._event_stream),
+            "/messages": (read, self._messages),
+            "/health": (read, self._health),
+            **dict.fromkeys(PAGES, (read, self._page)),
+        }
 
-    def process_request(self, connection: Any, request: HandshakeRequest) -> Response | None:
-        """Return the answer, None to go on with a WebSocket handshake.
-
-        The hook of websockets.asyncio.server.serve. HTTPConnection calls it for every request,
-        and hands over only where it says None; websockets then asks again about the handshake.
-        """
-        if not isinstance(request, Request):  # websockets' own: a GET, without a body
-            request = Request(request.path, request.headers)
+    def process_request(self, connection: Any, request: Any) -> Any:
+        """Return a Response, an EventStream, or None for a WebSocket: the hook of serve()."""
+        if not isinstance(request, Request):  # websockets asks about what was handed over to it
+            return None
         try:
             return self._route(request)
         except Refusal as refusal:
@@ -1246,114 +1446,125 @@ class Router:
     def refuse(self, connection: Any, request: Request | None, refusal: Refusal) -> Response:
         """Return the answer that says no, and log it; `request` as far as it was read."""
         path = request.path.partition("?")[0] if request else ""
-        operation = path.lstrip("/") if path in ROUTES else "request"
-        log_refusal(peer_name(connection.transport), operation, refusal)
+        operation = path.lstrip("/") if path in self._routes else ""
+        refusal.log(connection.peer, operation or "request")
         body = {"error": refusal.code, "detail": refusal.detail}
-        return self._respond(request, refusal.status, body, **refusal.headers)
+        return self._respond(request, refusal.status, body, refusal.headers)
 
-    def _route(self, request: Request) -> Response | None:
-        self._check_origin(request)
-        method, path = request.method, request.path
-        allowed = ROUTES.get(path)
-        if method == "OPTIONS" and (allowed or path == "*"):
-            return self._respond(request, 204, None, **PREFLIGHT)
-        if allowed is None:
-            if path.partition("?")[0] in ROUTES:
-                raise Refusal(404, "this path takes no query; a token goes into a message or body")
-            raise Refusal(404, "no such path; there are " + ", ".join(ROUTES))
-        if method not in allowed:
-            methods = ", ".join([*allowed, "OPTIONS"])
-            raise Refusal(405, f"this path takes {methods}", Allow=methods)
-        if path == "/ws":
-            self._check_handshake(request)
-            return None
-        if path == "/broadcast":
-            return self._broadcast(request)
-        status, word = (503, "stopping") if self.stopping else (200, "ok")
-        return self._respond(request, status, {"status": word})
+    def _route(self, request: Request) -> Any:
+        origins, allowed = request.headers["origin"], self._shared.settings.allowed_origins
+        refuse_if(len(origins) > 1, 400, "more than one Origin header")
+        elsewhere = origins and allowed is not None and origins[0].lower() not in allowed
+        refuse_if(elsewhere, 403, "this origin is not one of ALLOWED_ORIGINS")
+        path, query, _ = request.path.partition("?")
+        methods, answer = self._routes.get(path, ([], None))
+        if query and path not in ("/sse", "/messages"):
+            answer = None
+        if request.method == "OPTIONS" and (answer or path == "*"):
+            return self._respond(request, 204, b"", PREFLIGHT)
+        if answer is None:
+            raise Refusal(404, f"no such path, or no query for it: {' '.join(self._routes)}")
+        if request.method not in methods:
+            allow = ", ".join([*methods, "OPTIONS"])
+            raise Refusal(405, f"this path takes {allow}", Allow=allow)
+        refuse_if(self.stopping and path != "/health", 503, "the server is stopping")
+        return answer(request)
 
-    def _respond(self, request: Request | None, status: int, value: Any, **more: str) -> Response:
-        """Return a response with `value` as its JSON, None for one that never has a body."""
-        headers, body = Headers(more), b""
-        if value is not None:
-            body = json.dumps(value).encode() + b"\n"
-            headers.update({"Content-Type": "application/json", "Content-Length": str(len(body))})
+    def _respond(self, request: Request | None, status: int, content: Any, more: Any) -> Response:
+        """Return a response with `content`: bytes as they are, anything else as its JSON."""
+        headers, body = Headers(more), content
+        if not isinstance(content, bytes):
+            body = json.dumps(content).encode() + b"\n"
+            headers["Content-Type"] = "application/json"
+        if body:
+            headers["Content-Length"] = str(len(body))
         allowed = self._shared.settings.allowed_origins
-        if allowed is None:
+        origins = request.headers["origin"] if request else []
+        if allowed is None or (len(origins) == 1 and origins[0].lower() in allowed):
             headers["Access-Control-Allow-Origin"] = "*"
-        else:
-            headers["Vary"] = "Origin"
-            origins = request.headers.get_all("Origin") if request else []
-            if len(origins) == 1 and origins[0].lower() in allowed:
-                headers["Access-Control-Allow-Origin"] = origins[0].lower()
+        headers["Vary"] = "Origin"
         return Response(status, PHRASES[status], headers, body)
 
-    def _check_origin(self, request: Request) -> None:
-        """Raise Refusal for a browser's page that ALLOWED_ORIGINS does not name (RFC 6454)."""
-        origins = request.headers.get_all("Origin")
-        if len(origins) > 1:
-            raise Refusal(400, "more than one Origin header")
-        allowed = self._shared.settings.allowed_origins
-        if origins and allowed is not None and origins[0].lower() not in allowed:
-            raise Refusal(403, "this origin is not one of ALLOWED_ORIGINS")
+    def _page(self, request: Request) -> Response:
+        body, kind = PAGES[request.path]
+        more = {"Content-Type": f"{kind}; charset=utf-8", "Cache-Control": "no-cache"}
+        return self._respond(request, 200, body, more | {"Content-Security-Policy": POLICY})
 
-    def _check_handshake(self, request: Request) -> None:
+    def _health(self, request: Request) -> Response:
+        status, word = (503, "stopping") if self.stopping else (200, "ok")
+        return self._respond(request, status, {"status": word}, {"Cache-Control": "no-store"})
+
+    def _websocket(self, request: Request) -> None:
         """Raise Refusal unless this is a good WebSocket handshake (RFC 6455 section 4.2.1)."""
-        upgrade = "upgrade" in request.tokens("Connection") and request.version == (1, 1)
-        if not upgrade or request.tokens("Upgrade") != ["websocket"] or request.method != "GET":
+        upgrade = "upgrade" in request.tokens("connection") and request.version == (1, 1)
+        if not upgrade or request.tokens("upgrade") != ["websocket"] or request.method != "GET":
             why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
             raise Refusal(426, why)
-        versions = request.headers.get_all("Sec-WebSocket-Version")
-        keys = request.headers.get_all("Sec-WebSocket-Key")
-        if len(versions) != 1 or len(keys) != 1 or not WEBSOCKET_KEY.fullmatch(keys[0]):
-            raise Refusal(400, "a malformed WebSocket handshake")
-        if versions[0] != "13":
-            raise Refusal(426, "this server speaks WebSocket version 13")
-        request.tokens("Sec-WebSocket-Protocol")
-        if self.stopping:
-            raise Refusal(503, "the server is stopping")
+        versions, keys = (request.headers[f"sec-websocket-{name}"] for name in ("version", "key"))
+        good = len(versions) == len(keys) == 1 and WEBSOCKET_KEY.fullmatch(keys[0])
+        refuse_if(not good, 400, "a malformed WebSocket handshake")
+        refuse_if(versions[0] != "13", 426, "this server speaks WebSocket version 13")
+        request.tokens("sec-websocket-protocol")
 
     def _broadcast(self, request: Request) -> Response:
         try:
             body = parse_json(request.body)
         except ValueError as exc:
             raise Refusal(400, "the body is not JSON") from exc
-        if not isinstance(body, dict):
-            raise Refusal(400, "the body is not a JSON object")
-        topics = self._topics(body)
-        if "message" not in body:
-            raise Refusal(400, "message is missing")
-        self._shared.verifier.authorize(self._token(request, body), "broadcast", topics)
-        if self.stopping:
-            raise Refusal(503, "the server is stopping")
-        message_id, delivered = self._shared.hub.broadcast(topics, body["message"])
-        return self._respond(request, 200, {"id": message_id, "delivered": delivered})
-
-    def _topics(self, body: dict[str, Any]) -> list[str]:
-        """Return the topics of a broadcast, each once. Raises Refusal."""
-        if ("topic" in body) == ("topics" in body):
-            raise Refusal(400, "either topic or topics is needed")
+        refuse_if(not isinstance(body, dict), 400, "the body is not a JSON object")
+        refuse_if(("topic" in body) == ("topics" in body), 400, "either topic or topics is needed")
         topics = [body["topic"]] if "topic" in body else body["topics"]
-        if not is_texts(topics):
-            raise Refusal(400, "topic is a string, topics a list of strings")
-        if not 1 <= len(topics) <= TOPICS_PER_BROADCAST:
-            raise Refusal(400, f"topics has 1 to {TOPICS_PER_BROADCAST} members")
-        for topic in topics:
-            check_topic(topic)
-        return list(dict.fromkeys(topics))
+        refuse_if(not is_texts(topics), 400, "topic is a string, topics a list of strings")
+        topics = check_topics(topics, TOPICS_PER_BROADCAST)
+        refuse_if("message" not in body, 400, "message is missing")
+        self._authorize(request, body, "broadcast", topics)
+        message_id, delivered = self._shared.hub.broadcast(topics, body["message"])
+        return self._respond(request, 200, {"id": message_id, "delivered": delivered}, {})
 
-    def _token(self, request: Request, body: dict[str, Any]) -> str:
-        """Return the token in the header or the body. Raises Refusal."""
-        headers = request.headers.get_all("Authorization")
+    def _event_stream(self, request: Request) -> Response | EventStream:
+        topics, since, claims = self._query(request)
+        head = self._respond(request, 200, b"", STREAM)
+        if request.method == "HEAD":
+            return head
+        return EventStream(self._shared, head, topics, claims, since)
+
+    def _messages(self, request: Request) -> Response:
+        topics, since, _ = self._query(request)
+        history, room = self._shared.hub.history, self._shared.settings.max_buffer_bytes
+        found, recovered = history.since(topics, since or "all")
+        sizes = itertools.accumulate(message.size for message in found)
+        page = [m for m, size in zip(found, sizes, strict=True) if size <= room] or found[:1]
+        # Where to go on from: the next request has the rest.
+        position = history.position if page == found else page[-1].id
+        items = ",".join(f"{{{message.members}}}" for message in page)
+        body = f'{{"id":"{position}","recovered":{dump_json(recovered)},"messages":[{items}]}}\n'
+        more = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        return self._respond(request, 200, body.encode(), more)
+
+    def _query(self, request: Request) -> tuple[list[str], str, Claims]:
+        """Return the topics and `since` of a query, and what grants it. Raises Refusal."""
+        try:
+            query = request.path.partition("?")[2]
+            pairs = urllib.parse.parse_qsl(query, True, True, errors="strict")
+        except ValueError as exc:
+            raise Refusal(400, "a malformed query") from exc
+        topics, sinces = ([v for name, v in pairs if name == n] for n in ("topic", "since"))
+        known = len(sinces) <= 1 and len(topics) + len(sinces) == len(pairs)
+        refuse_if(not known, 400, "a query has topics, and one since at most; no token")
+        topics = check_topics(topics, self._shared.settings.max_topics)
+        since = (request.headers["last-event-id"] or sinces or [""])[0]
+        refuse_if(since and not SINCE.fullmatch(since), 400, BAD_SINCE)
+        return topics, since, self._authorize(request, {}, "subscribe", topics)
+
+    def _authorize(self, request: Request, body: Any, scope: str, topics: list[str]) -> Claims:
+        """Return the claims of the token in the header or the body. Raises Refusal."""
+        headers = request.headers["authorization"]
         tokens = [value[7:].strip(" ") for value in headers if value[:7].lower() == "bearer "]
         tokens += [body["token"]] if "token" in body else []
-        if len(headers) > 1 or len(tokens) > 1:
-            raise Refusal(400, "more than one token")
-        if not tokens:
-            raise Refusal(401, "no token: it goes into the body, or Authorization: Bearer")
-        if not isinstance(tokens[0], str) or not tokens[0]:
-            raise Refusal(400, "token is a string")
-        return tokens[0]
+        refuse_if(len(headers) > 1 or len(tokens) > 1, 400, "more than one token")
+        refuse_if(not tokens, 401, "no token: it goes into the body, or Authorization: Bearer")
+        refuse_if(not isinstance(tokens[0], str) or not tokens[0], 400, "token is a string")
+        return self._shared.verifier.authorize(tokens[0], scope, topics)
 
 
 # --- Observation: what the operator sees. ---
@@ -1379,18 +1590,14 @@ class LogFormatter(logging.Formatter):
 
 
 def start_logging(level: str, journal_stream: str) -> None:
-    """Send every log line to standard error; libraries speak only of what went wrong.
-
-    `journal_stream` is $JOURNAL_STREAM, device:inode where the journal reads (systemd.exec(5)).
-    """
+    """Log to standard error; to the journal where that is `journal_stream` (systemd.exec(5))."""
     stderr = os.fstat(sys.stderr.fileno()) if journal_stream else None
-    journal = stderr is not None and journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
     handler = logging.StreamHandler()
+    journal = stderr is not None and journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
     handler.setFormatter(LogFormatter(journal))
+    # Below that websockets logs whole frames, tokens included.
     logging.basicConfig(handlers=[handler], level=logging.ERROR, force=True)
     log.setLevel(level.upper())
-    # websockets logs whole frames below WARNING, tokens included.
-    logging.getLogger("websockets").setLevel(logging.ERROR)
 
 
 # --- Daemon: wires the rooms, and carries them from listening to drained. ---
@@ -1410,53 +1617,42 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-def _connections_max(settings: Settings) -> int:
-    """Return how many connections to take. Raises SettingsError where files do not suffice."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64
-    if (settings.max_connections or 1) > allowed:
-        raise SettingsError(f"MAX_CONNECTIONS: expected at most {allowed}, as open files allow")
-    return settings.max_connections or allowed
-
-
-def _check_stale(path: str) -> None:
-    """Raise OSError where a server listens on a Unix socket; asyncio removes any other."""
-    with socket.socket(socket.AF_UNIX) as client:
-        client.setblocking(False)
-        error = client.connect_ex(path) or errno.EADDRINUSE
-    if error not in (errno.ECONNREFUSED, errno.ENOENT):
-        raise OSError(error, os.strerror(error))
-
-
 class Daemon:
-    """The server. All of it runs in the loop that calls run()."""
+    """The server. All of it runs in the loop that calls run(). Raises SettingsError."""
 
     def __init__(self, settings: Settings) -> None:
         verifier = TokenVerifier(load_keys(settings))
-        room = _connections_max(settings)
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64
+        if (settings.max_connections or 1) > allowed:
+            raise SettingsError(f"MAX_CONNECTIONS: expected at most {allowed}, as open files allow")
         self.settings = settings
-        self.connections: set[HTTPConnection | WebSocketSubscriber] = set()
-        self.hub = Hub(History())
-        self._shared = Shared(settings, verifier, self.hub, self.connections, room)
+        self.connections: set[HTTPConnection | WebSocketSubscriber | EventStream] = set()
+        bounds = settings.history_size, settings.history_seconds, settings.history_bytes
+        self.hub = Hub(History(*bounds))
+        settings = replace(settings, max_connections=settings.max_connections or allowed)
+        self._shared = Shared(settings, verifier, self.hub, self.connections)
         self._router = Router(self._shared)
         self._tls = _tls_context(settings)
         self._stop = asyncio.Event()
 
     async def run(self, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
-        """Serve until stop() is called. Raises CommandError where the address cannot be had.
-
-        `listening` is called with the URLs once connections are accepted.
-        """
+        """Serve until stop() is called; call `listening` with the URLs. Raises CommandError."""
         try:
             server = await self._serve()
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:
             port = "" if self.settings.host.startswith("unix:") else f":{self.settings.port}"
-            address = f"{self.settings.host}{port}"
-            raise CommandError(f"cannot listen on {address}: {exc.strerror or exc}") from exc
+            why = f"{self.settings.host}{port}: {getattr(exc, 'strerror', None) or exc}"
+            raise CommandError(f"HOST, PORT: cannot listen on {why}") from exc
         for listener in server.sockets:
             # asyncio takes as many at once as may wait: too many then fail with EMFILE.
             with socket.socket(fileno=os.dup(listener.fileno())) as same:
                 same.listen(LISTEN_QUEUE)
-        urls = [self._url(listener) for listener in server.sockets]
+            with contextlib.suppress(AttributeError, OSError):  # Linux: a peer that acknowledges
+                silence_ms = int(2000 * self.settings.ping_interval)  # nothing is gone
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
+        names = [address(listener.getsockname()) for listener in server.sockets]
+        scheme = "https://" if self._tls else "http://"
+        urls = [name if name.startswith("unix:") else scheme + name for name in names]
         for url in urls:
             log.info("listening url=%s version=%s", url, VERSION)
         listening(urls)
@@ -1474,24 +1670,31 @@ class Daemon:
         """Read the keys again. A bad file leaves the old keys in force, and is logged."""
         try:
             keys = load_keys(self.settings)
+            self._shared.verifier.replace_keys(keys)
+            log.info("reloaded keys=%d", len(keys))
         except SettingsError as exc:
             log.error("reload failed, the old keys stay: %s", exc)
-            return
-        self._shared.verifier.replace_keys(keys)
-        log.info("reloaded keys=%d", len(keys))
 
     async def _serve(self) -> websockets.asyncio.server.Server:
         settings = self.settings
         where: dict[str, Any] = {"host": settings.host, "port": settings.port}
         if settings.host.startswith("unix:"):
             where = {"unix": True, "path": settings.host.removeprefix("unix:")}
-            _check_stale(where["path"])
+            with socket.socket(socket.AF_UNIX) as client:  # asyncio removes one that nobody serves
+                client.setblocking(False)
+                error = client.connect_ex(where["path"]) or errno.EADDRINUSE
+            if error not in (errno.ECONNREFUSED, errno.ENOENT):
+                raise OSError(error, os.strerror(error))
+
+        def connection(*arguments: Any, **options: Any) -> Any:
+            maker = functools.partial(WebSocketSubscriber, self._shared, *arguments, **options)
+            return HTTPConnection(self._shared, self._router, maker)
+
         return await websockets.asyncio.server.serve(
             WebSocketSubscriber.run,  # type: ignore[arg-type]
             **where,
-            create_connection=self._create_connection,  # type: ignore[arg-type]
+            create_connection=connection,  # type: ignore[arg-type]
             process_request=self._router.process_request,
-            process_response=WebSocketSubscriber.answer_handshake,  # type: ignore[arg-type]
             compression=None,
             server_header=None,
             max_size=COMMAND_MAX,
@@ -1502,18 +1705,6 @@ class Daemon:
             backlog=ACCEPT_MAX,
         )
 
-    def _create_connection(self, *arguments: Any, **options: Any) -> Any:
-        """Make what owns a new connection: the factory that serve() takes."""
-        maker = functools.partial(WebSocketSubscriber, self._shared, *arguments, **options)
-        return HTTPConnection(self._shared, self._router, maker)
-
-    def _url(self, listener: socket.socket) -> str:
-        name = listener.getsockname()
-        if listener.family == socket.AF_UNIX:
-            return f"unix:{name}"
-        host = f"[{name[0]}]" if ":" in name[0] else name[0]
-        return f"{'https' if self._tls else 'http'}://{host}:{name[1]}"
-
     def _sweep(self) -> None:
         """Look at every connection's deadlines, again and again."""
         loop = asyncio.get_running_loop()
@@ -1521,23 +1712,23 @@ class Daemon:
             loop.call_later(min(SWEEP_S, self.settings.ping_interval / 4), self._sweep)
         for connection in tuple(self.connections):
             connection.tick(loop.time())
+        self.hub.history.expire(time.monotonic(), at_most=10_000)  # some 20 ms
 
     async def _drain(self, server: websockets.asyncio.server.Server) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.settings.stop_timeout
         log.info("stopping connections=%d", len(self.connections))
         self._router.stopping = True
-        # Closes the listening sockets at once; a close code is taken from websockets 17 on only.
-        server.close(close_connections=False)
+        server.close(close_connections=False)  # the listening sockets, at once
         for connection in tuple(self.connections):
-            connection.shut_down()
+            if isinstance(connection, BaseSubscriber):
+                connection.dismiss(1012, "the server restarts: reconnect after a random pause")
         while self.connections and loop.time() < deadline:
             await asyncio.sleep(0.02)
             for connection in tuple(self.connections):
                 connection.tick(loop.time())
         log.info("stopped connections_cut=%d", len(self.connections))
-        # Not server.wait_closed(): from Python 3.12 on it waits for TLS handshakes, which nothing
-        # here can cut. The end of the loop ends what is left.
+        # Not wait_closed(): from Python 3.12 on it waits for TLS handshakes, which nothing can cut.
         self._cut()
 
     def _cut(self) -> None:
@@ -1550,34 +1741,47 @@ class Daemon:
 WELCOME = """\
 notiflux {version}, with a throwaway key: FOR TRYING IT OUT, NOT FOR PRODUCTION. Ctrl-C stops it.
 
-1. Subscribe, in a second terminal: this opens a prompt ...
-
-   {python} -m websockets {ws}/ws
-
-   ... and this goes into it:
-
-   /subscribe news {subscribe}
-
-2. Broadcast, in a third terminal:
-
-   curl {http}/broadcast -d '{{"topic": "news", "message": "hello", "token": "{broadcast}"}}'
+In a browser:
+   {url}/#topic=news&subscribe={subscribe}&broadcast={broadcast}
+In two more terminals:
+   {python} {file} subscribe news --url {url} --token {subscribe}
+   curl {url}/broadcast -d '{{"topic": "news", "message": "hello", "token": "{broadcast}"}}'
 
 The tokens are good for every topic, until this stops. What next: README.md, "Deployment".
 """
 
 
 def _new_keys() -> tuple[bytes, bytes]:
-    """Return a new private key and its public key, in PEM."""
     key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
     pkcs8, spki = serialization.PrivateFormat.PKCS8, serialization.PublicFormat.SubjectPublicKeyInfo
     private = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
     return private, key.public_key().public_bytes(pem, spki)
 
 
+def _private_key(path: str) -> ec.EllipticCurvePrivateKey:
+    with contextlib.suppress(ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
+        try:
+            key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
+        except OSError as exc:
+            raise CommandError(f"cannot read {path}: {exc.strerror}") from exc
+        if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
+            return key
+    raise CommandError(f"{path}: expected an EC P-256 private key in PEM")
+
+
 def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], expires_s: float) -> str:
     claims = {"sub": "notiflux", "exp": int(time.time() + expires_s), "scope": scope}
     claims |= {"topics": topics} | ({"topic_prefixes": prefixes} if prefixes else {})
     return jwt.encode(claims, key, "ES256")
+
+
+def _client_token(options: argparse.Namespace, scope: str, topics: list[str]) -> str:
+    """Return the token that a client command was given, or a new one made with its key."""
+    given = options.token or ("" if options.key else os.environ.get("NOTIFLUX_TOKEN"))
+    path = options.key or os.environ.get("NOTIFLUX_KEY_FILE", "")
+    if not given and not path:
+        options.wrong_usage("expected --token, --key, NOTIFLUX_TOKEN or NOTIFLUX_KEY_FILE")
+    return given or _sign(_private_key(path), scope, topics, [], 60)
 
 
 def _duration(text: str) -> int:
@@ -1587,31 +1791,26 @@ def _duration(text: str) -> int:
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-def _serve_until_stopped(settings: Settings, listening: Callable[[list[str]], None]) -> None:
-    """Run the daemon in this process, with its signals."""
-    if os.environ.get("WORKER_COUNT"):
-        log.info("ignored WORKER_COUNT: one process serves all")
-
-    async def serve() -> None:
-        daemon = Daemon(settings)
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, daemon.stop)
-        loop.add_signal_handler(signal.SIGINT, daemon.stop)
-        loop.add_signal_handler(signal.SIGHUP, daemon.reload)
-        await daemon.run(listening)
-
-    asyncio.run(serve())
-
-
 def _settings(**changes: str) -> Settings:
     settings = Settings.from_environment({**os.environ, **changes})
     start_logging(settings.log_level, os.environ.get("JOURNAL_STREAM", ""))
     return settings
 
 
+async def _serve(settings: Settings, listening: Callable[[list[str]], None]) -> None:
+    """Run the daemon in this process, with its signals."""
+    if os.environ.get("WORKER_COUNT"):
+        log.info("ignored WORKER_COUNT: one process serves all")
+    daemon, loop = Daemon(settings), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, daemon.stop)
+    loop.add_signal_handler(signal.SIGINT, daemon.stop)
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    await daemon.run(listening)
+
+
 def run_command(options: argparse.Namespace) -> None:
     """run the daemon; its settings come from the environment"""
-    _serve_until_stopped(_settings(), lambda urls: None)
+    asyncio.run(_serve(_settings(), lambda urls: None))
 
 
 def dev_command(options: argparse.Namespace) -> None:
@@ -1619,29 +1818,25 @@ def dev_command(options: argparse.Namespace) -> None:
     private, public = _new_keys()
     encoded = base64.b64encode(public).decode()
     settings = _settings(JWT_PUBLIC_KEY_B64=encoded, JWT_PUBLIC_KEY_FILE="")
-    if settings.host.startswith("unix:"):
-        raise SettingsError("HOST: expected an address; what dev prints needs one")
 
     def welcome(urls: list[str]) -> None:
-        year_s = 365 * 86400
-        tokens = {s: _sign(private, s, [], [""], year_s) for s in ("subscribe", "broadcast")}
-        places = {"python": sys.executable, "http": urls[0], "ws": urls[0].replace("http", "ws", 1)}
+        tokens = {s: _sign(private, s, [], [""], 365 * 86400) for s in ("subscribe", "broadcast")}
+        places = {"url": urls[0], "python": sys.executable, "file": sys.argv[0]}
         print(WELCOME.format(version=VERSION, **places, **tokens), flush=True)
 
-    _serve_until_stopped(settings, welcome)
+    asyncio.run(_serve(settings, welcome))
 
 
 def keygen_command(options: argparse.Namespace) -> None:
     """make the key pair: private.pem signs tokens, public.pem is the daemon's"""
     private, public = _new_keys()
-    with contextlib.suppress(OSError):  # where it cannot be made, the first file says why
-        Path(options.directory).mkdir(0o700, exist_ok=True)
-    paths = [Path(options.directory, name) for name in ("private.pem", "public.pem")]
-    for path in paths:  # both before either, so that no half of a pair is left
-        if path.exists():
-            raise CommandError(f"cannot write {path}: it is there already")
-    for path, mode, pem in zip(paths, (0o600, 0o644), (private, public), strict=True):
+    files = [("private.pem", 0o600, private), ("public.pem", 0o644, public)]
+    if any(Path(options.directory, name).exists() for name, _, _ in files):
+        raise CommandError(f"{options.directory}: private.pem or public.pem is there already")
+    for name, mode, pem in files:
+        path = Path(options.directory, name)
         try:
+            path.parent.mkdir(0o700, exist_ok=True)
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(pem)
         except OSError as exc:
@@ -1651,18 +1846,9 @@ def keygen_command(options: argparse.Namespace) -> None:
 
 def token_command(options: argparse.Namespace) -> None:
     """print a token that lets its holder subscribe or broadcast"""
-    if not options.key:
-        options.wrong_usage("--key or NOTIFLUX_KEY_FILE: expected the path of the private key")
-    if not options.topic and not options.prefix:
-        options.wrong_usage("expected a topic, or --prefix")
-    try:
-        key = serialization.load_pem_private_key(Path(options.key).read_bytes(), None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
-            raise ValueError("another kind of key")
-    except OSError as exc:
-        raise CommandError(f"cannot read {options.key}: {exc.strerror}") from exc
-    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        raise CommandError(f"{options.key}: expected an EC P-256 private key in PEM") from exc
+    if not options.key or not (options.topic or options.prefix):
+        options.wrong_usage("expected --key or NOTIFLUX_KEY_FILE, and a topic or --prefix")
+    key = _private_key(options.key)
     token = _sign(key, options.scope, options.topic, options.prefix, options.expires)
     try:
         TokenVerifier([key.public_key()]).verify(token)
@@ -1675,55 +1861,119 @@ def check_command(options: argparse.Namespace) -> None:
     """check settings and key, or say what a token grants"""
     try:
         settings = _settings()
-        verifier = TokenVerifier(load_keys(settings))
-        _tls_context(settings)
-        _connections_max(settings)
-    except SettingsError as exc:
+        Daemon(settings)
+        claims = options.token and TokenVerifier(load_keys(settings)).verify(options.token)
+    except (SettingsError, Refusal) as exc:
         raise CommandError(str(exc)) from exc
-    if options.token is None:
-        print("settings and key are good")
-        return
+    print("settings and key are good")
+    if claims:
+        topics = [*sorted(claims.topics), *(prefix + "..." for prefix in claims.topic_prefixes)]
+        print(f"{claims.scope}: {', '.join(map(printable, topics))}")
+        print(f"good for another {max(0, round(claims.exp - time.time()))} s")
+
+
+def publish_command(options: argparse.Namespace) -> None:
+    """broadcast one message, and print its id and how many it reached"""
+    import http.client  # large, and of no use to the daemon
+    import urllib.request
+
+    token, message = _client_token(options, "broadcast", [options.topic]), options.message
     try:
-        claims = verifier.verify(options.token)
-    except Refusal as refusal:
-        raise CommandError(refusal.detail) from refusal
-    topics = [*sorted(claims.topics), *(prefix + "..." for prefix in claims.topic_prefixes)]
-    print(f"{claims.scope}: {', '.join(map(printable, topics))}")
-    print(f"good for another {max(0, round(claims.exp - time.time()))} s")
+        if message == "-":
+            message = sys.stdin.buffer.read().decode().removesuffix("\n")
+        body = json.dumps({"topic": options.topic, "message": message, "token": token}).encode()
+        with urllib.request.urlopen(f"{options.url}/broadcast", body, timeout=30) as response:
+            answer = json.load(response)
+    except urllib.error.HTTPError as exc:
+        said = printable(exc.read(1000).decode(errors="replace").strip(), 1000)
+        raise CommandError(f"not broadcast: {exc.code} {said}") from exc
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        raise CommandError(f"no answer, so it may or may not have happened: {exc}") from exc
+    print(answer["id"], answer["delivered"])
+
+
+def _print_event(event: Any, positions: dict[str, str], as_json: bool) -> Iterable[str]:
+    """Print what there is to print, and return which topics to subscribe to after it."""
+    kind, topic = event["event"], event.get("topic")
+    if kind == "error":
+        raise CommandError(f"{topic}: {event['detail']}")
+    if kind == "subscribed" and event.get("recovered") is False:
+        print(f"notiflux: {topic}: messages may have been missed", file=sys.stderr)
+    if kind == "message" or (kind == "subscribed" and not event["replayed"]):
+        positions[topic] = event["id"]
+    if kind == "message":
+        text = event if as_json else event["message"]
+        print(text if isinstance(text, str) else dump_json(text), flush=True)
+    return positions if kind == "open" else event["topics"] if kind == "unsubscribed" else ()
+
+
+async def _print_messages(options: argparse.Namespace) -> None:
+    positions = dict.fromkeys(options.topic, options.since)
+
+    def failed(exc: Exception) -> Exception | None:
+        print(f"notiflux: cannot connect: {exc}", file=sys.stderr)
+        # The library's own choice: None to try again. Not exported (15.0 to 17.4).
+        return websockets.asyncio.client.process_exception(exc)  # type: ignore[attr-defined]
+
+    url, offered = re.sub("^http", "ws", options.url) + "/ws", [SUBPROTOCOL]
+    connect = functools.partial(websockets.asyncio.client.connect, process_exception=failed)
+    async for connection in connect(url, subprotocols=offered, max_size=None):
+        with contextlib.suppress(ConnectionClosed):
+            async for text in connection:
+                for topic in _print_event(json.loads(text), positions, options.json):
+                    token = _client_token(options, "subscribe", [topic])
+                    await connection.send(f"/subscribe {topic} {token} {positions[topic]}")
+        await asyncio.sleep(random.random())
+
+
+def subscribe_command(options: argparse.Namespace) -> None:
+    """print messages as they come; reconnect and resume by itself"""
+    try:
+        asyncio.run(_print_messages(options))
+    except (WebSocketException, ValueError, LookupError, TypeError) as exc:
+        raise CommandError(f"{options.url} does not answer as notiflux would: {exc}") from exc
 
 
 def _parser() -> argparse.ArgumentParser:
-    table = "\n".join(
+    settings = (
         f"  {f.name.upper()} ({f.metadata['default'] or 'unset'})\n      {f.metadata['meaning']}"
         for f in fields(Settings)
     )
-    epilog = f"Settings, from the environment:\n{table}"
+    epilog = "\n".join(["Settings, from the environment:", *settings])
     parser = argparse.ArgumentParser("notiflux.py", description=__doc__, epilog=epilog)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--version", action="version", version=f"notiflux {VERSION}")
     parser.set_defaults(command=run_command)
     commands = parser.add_subparsers(title="commands", metavar="")
 
-    def add(command: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    def add(command: Callable[[argparse.Namespace], None]) -> Callable[..., Any]:
         name, text = command.__name__.removesuffix("_command"), command.__doc__
         added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(command=command)
-        added.add_argument("--version", action="version", version=f"notiflux {VERSION}")
-        return added
+        added.set_defaults(command=command, wrong_usage=added.error)
+        return added.add_argument
 
     add(dev_command)
-    keygen = add(keygen_command)
-    keygen.add_argument("directory", nargs="?", default=".", help="where to (here)")
+    add(keygen_command)("directory", nargs="?", default=".", help="where to (here)")
     token = add(token_command)
-    token.set_defaults(wrong_usage=token.error)
-    token.add_argument("scope", choices=["subscribe", "broadcast"])
-    token.add_argument("topic", nargs="*", help="a topic that the token is for")
-    token.add_argument("--prefix", action="append", default=[], help="all topics that begin so")
+    token("scope", choices=["subscribe", "broadcast"])
+    token("topic", nargs="*", help="a topic that the token is for")
+    token("--prefix", action="append", default=[], help="all topics that begin so")
     key_file = os.environ.get("NOTIFLUX_KEY_FILE")
-    token.add_argument("--key", default=key_file, help="private.pem (NOTIFLUX_KEY_FILE)")
-    token.add_argument("--expires", type=_duration, default=60, help="how long it is good (60s)")
-    check = add(check_command)
-    check.add_argument("token", nargs="?")
+    token("--key", default=key_file, help="private.pem (NOTIFLUX_KEY_FILE)")
+    token("--expires", type=_duration, default=60, help="how long it is good (60s)")
+    add(check_command)("token", nargs="?")
+    publish, subscribe = add(publish_command), add(subscribe_command)
+    publish("topic")
+    publish("message", help="a text, or - for all of standard input")
+    subscribe("topic", nargs="+")
+    subscribe("--since", default="", help="replay first: an id, latest or all")
+    subscribe("--json", action="store_true", help="one JSON object a line")
+    url = os.environ.get("NOTIFLUX_URL") or "http://127.0.0.1:8080"
+    for client in (publish, subscribe):
+        client("--url", default=url, help=f"of the daemon ({url})")
+        client("--token", help="one to use (NOTIFLUX_TOKEN)")
+        client("--key", help="private.pem, to make tokens with (NOTIFLUX_KEY_FILE)")
+    for each in (parser, *commands.choices.values()):
+        each.add_argument("--version", action="version", version=f"notiflux {VERSION}")
     return parser
 
 
@@ -1736,6 +1986,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as exc:
         print(f"notiflux: {exc}", file=sys.stderr)
         return exc.exit_code
+    except KeyboardInterrupt:
+        return 130  # as a shell says it
     except OSError as exc:  # standard output is full, or closed
         print(f"notiflux: cannot write: {exc.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would try once more, and fail
