@@ -555,6 +555,8 @@ class History:
         if not held:
             del self._topics[message.topic]
             self._forgotten = max(self._forgotten, message.seq)
+        if not self._topics:  # what is deleted from them does not shrink the tables
+            self._topics, self._held = {}, OrderedDict()
 
     def since(self, topics: Iterable[str], since: str) -> tuple[list[Message], bool]:
         """Return what is held of `topics` after `since`, oldest first, and whether that is all.
@@ -1746,7 +1748,6 @@ In a browser:
 In two more terminals:
    {python} {file} subscribe news --url {url} --token {subscribe}
    curl {url}/broadcast -d '{{"topic": "news", "message": "hello", "token": "{broadcast}"}}'
-
 The tokens are good for every topic, until this stops. What next: README.md, "Deployment".
 """
 

@@ -18,6 +18,7 @@ import asyncio
 import base64
 import contextlib
 import datetime
+import gc
 import hmac
 import http.client
 import json
@@ -27,6 +28,7 @@ import random
 import re
 import resource
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -35,6 +37,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import jwt
@@ -915,6 +918,138 @@ def test_new_keys_end_the_trust_in_old_tokens():
     verifier.verify(make_token(key=OTHER_KEY))
 
 
+# --- Messages and history ---
+
+
+class Forgetless:
+    """What every history is compared with: a plain list of all that was ever sent."""
+
+    def __init__(self):
+        self.sent = []  # (epoch, seq, topic, when)
+
+    def check(self, history, topics, since):
+        """Fail unless what `history` says about `since` is true."""
+        found, recovered = history.since(topics, since)
+        epoch = history.position.partition("-")[0]
+        mine = [m for m in self.sent if m[0] == epoch and m[2] in topics]
+        held = [(m.id.partition("-")[0], m.seq, m.topic) for m in found]
+        if since == "latest":
+            assert not recovered and len(held) == len({topic for _, _, topic in held})
+        elif since == "all":
+            assert not recovered
+        else:
+            number = int(since.partition("-")[2])
+            known = since.startswith(epoch) and number <= int(history.position.partition("-")[2])
+            missed = [m for m in mine if m[1] > number] if known else None
+            assert not recovered or held == missed  # never true when something is missing
+            gone = [m[1] for m in self.sent if m[0] == epoch and m[1] not in history._held]
+            assert recovered or not known or number < max(gone, default=0)  # true where it can be
+        assert held == sorted(held, key=lambda m: m[1])
+        for topic in topics:  # what is held are the last ones, none left out between them
+            of_topic = [m for m in mine if m[2] == topic]
+            here = [m for m in held if m[2] == topic]
+            assert here == of_topic[len(of_topic) - len(here) :]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock, as a list with one number that the test moves."""
+    now = [1000.0]
+    monkeypatch.setattr(notiflux.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_recovered_is_never_true_when_something_is_missing(seed, clock):
+    """Random histories (sent, expired, evicted by each bound, restarted) against a plain list."""
+    chance = random.Random(seed)
+    for _ in range(int(os.environ.get("NOTIFLUX_TEST_ROUNDS", "2000"))):
+        size, seconds = chance.choice([0, 1, 2, 5, 100]), chance.choice([0, 3, 30, 10**6])
+        most = chance.choice([0, 2000, 5000, 10**9])
+        topics = [f"t{number}" for number in range(chance.choice([1, 2, 5]))]
+        model, positions = Forgetless(), ["ab-7"]
+        history = notiflux.History(size, seconds, most)
+        for _ in range(chance.randrange(40)):
+            match chance.randrange(10):
+                case 0:
+                    clock[0] += chance.choice([0.5, 2, 40])
+                    history.expire(clock[0], chance.choice([1, 1000]))
+                case 1 if chance.random() < 0.2:
+                    history = notiflux.History(size, seconds, most)
+                case 2 | 3 | 4:
+                    topic = chance.choice(topics)
+                    message = history.add(topic, "x" * chance.choice([0, 10, 900]))
+                    epoch, _, seq = message.id.partition("-")
+                    model.sent.append((epoch, int(seq), topic))
+                case 5:
+                    positions.append(history.position)
+                case _:
+                    epoch, _, seq = chance.choice(positions).partition("-")
+                    since = f"{epoch}-{max(0, int(seq) + chance.choice([-1, 0, 0, 0, 1]))}"
+                    since = chance.choice([since] * 4 + ["all", "latest"])
+                    asked = chance.sample(topics, chance.randrange(1, len(topics) + 1))
+                    model.check(history, asked, since)
+            check_history(history, size, most)
+        history.expire(clock[0] + 10**7, 10**6)
+        assert not history._held and not history._topics and history.bytes_held == 0
+
+
+def check_history(history, size, most):
+    """Fail unless the tables of a history agree with each other and keep to their bounds."""
+    held = [message for messages in history._topics.values() for message in messages]
+    assert sorted(held, key=lambda m: m.seq) == list(history._held.values())
+    assert all(messages for messages in history._topics.values())
+    assert all(len(messages) <= size for messages in history._topics.values())
+    assert history.bytes_held == sum(message.size for message in held) <= most
+
+
+def test_the_oldest_of_all_topics_go_first(clock):
+    """HISTORY_BYTES counts what is held of all topics; the oldest message goes, whichever its topic."""
+    history = notiflux.History(100, 600, 5 * notiflux.History(1, 1, 1).add("a", "x" * 100).size)
+    for topic in "abcabcabc":
+        history.add(topic, "x" * 100)
+    assert [m.seq for m in history.since("abc", "all")[0]] == [5, 6, 7, 8, 9]
+    history.add("d", "x" * 10**6)  # larger than all of it
+    assert not history._held and history.bytes_held == 0
+
+
+@pytest.mark.parametrize(
+    ("topics", "text"),
+    [(20_000, ""), (20_000, "é" * 100), (10, "x" * 20_000)],
+    ids=["short", "one a topic", "long"],
+)
+def test_history_holds_no_more_than_it_says(topics, text):
+    """HISTORY_BYTES is bytes of memory, whatever the messages are; in the end nothing is left."""
+    history = notiflux.History(2000, 600, 10**9)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for number in range(20_000):
+            history.add("%08d" % (number % topics), f"{text}{number}")
+            if number == 2000 and topics == 10:
+                break
+        gc.collect()
+        held = tracemalloc.get_traced_memory()[0]
+        assert 0.5 * history.bytes_held < held < 1.05 * history.bytes_held
+        history.expire(time.monotonic() + 601, 10**6)
+        gc.collect()
+        assert not history._held and not history._topics
+        assert tracemalloc.get_traced_memory()[0] < 0.02 * held + 100_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_topics_used_once_leave_nothing_behind(start):
+    """After HISTORY_SECONDS the sweep has forgotten them, and the tables are empty."""
+    server = start(HISTORY_SECONDS="0.3", PING_INTERVAL="0.2")
+    token = make_token(scope="broadcast", topics=[], topic_prefixes=["once"])
+    for batch in range(5):
+        topics = [f"once{batch}-{number}" for number in range(300)]
+        assert server.publish(topic=..., topics=topics, token=token).status == 200
+    history = server.daemon.hub.history
+    wait_for(lambda: not history._held)
+    assert not history._topics and history.bytes_held == 0 and not server.daemon.hub.topics
+
+
 # --- Hub ---
 
 
@@ -1490,6 +1625,360 @@ def test_a_connection_that_is_reset_leaves_nothing(server):
     wait_for(lambda: json.loads(server.publish().body)["delivered"] == 10)
     for client in clients[10:]:
         client.close()
+
+
+# --- Subscribers: resume ---
+
+
+def heard(client, count):
+    """Receive `count` messages: their values, or their texts in plain mode."""
+    texts = [client.recv(timeout=WAIT_S) for _ in range(count)]
+    return [json.loads(text)["message"] for text in texts] if client.mode == "json" else texts
+
+
+def subscribe(client, since="", topic="news"):
+    """Subscribe, and return the `subscribed` event of JSON mode."""
+    client.send(f"/subscribe {topic} {make_token(topics=[topic])} {since}")
+    return event(client) if client.mode == "json" else None
+
+
+@pytest.mark.parametrize("mode", ["plain", "json"])
+def test_what_was_missed_is_replayed(mode, start):
+    """since is an id, latest or all: replayed oldest first, then live; recovered says what is known."""
+    server = start(HISTORY_SIZE="4")
+    first = json.loads(server.publish(message="1").body)["id"]
+    epoch = first.partition("-")[0]
+    for number in range(2, 6):
+        last = json.loads(server.publish(message=str(number)).body)["id"]
+    for since, expected, recovered in [
+        (first, "2345", True),
+        (f"{epoch}-3", "45", True),
+        (last, "", True),
+        (f"{epoch}-0", "2345", False),  # the first one was evicted
+        (f"{epoch}-9", "2345", False),  # never given
+        ("0a-1", "2345", False),  # of another start
+        ("all", "2345", None),
+        ("latest", "5", None),
+        ("", "", None),
+    ]:
+        with server.subscriber(mode) as client:
+            subscribed = subscribe(client, since)
+            if mode == "json":
+                about = {} if recovered is None else {"recovered": recovered}
+                about |= {"topic": "news", "id": last, "replayed": len(expected)}
+                assert subscribed == {"event": "subscribed"} | about
+            assert heard(client, len(expected)) == list(expected), since
+            assert silent(client)
+
+
+def test_replay_and_live_are_one_stream(start):
+    """While publishers go on, subscribers that come and resume hear every message once, in order."""
+    server = start(HISTORY_SIZE="10000")
+    done, failures = threading.Event(), []
+
+    def publish():
+        with server.connect() as client:
+            for number in range(600):
+                client.sendall(post(broadcast_body(str(number))))
+                read_head(client)
+        done.set()
+
+    def resume():
+        since, seen = "all", []
+        while not done.is_set() or len(seen) < 600:
+            with server.subscriber("json") as client:
+                replayed = subscribe(client, since)["replayed"]
+                for _ in range(replayed + 7):
+                    try:
+                        message = json.loads(client.recv(timeout=0.3))
+                    except TimeoutError:
+                        break
+                    since = message["id"]
+                    seen.append(message["message"])
+        if seen != [str(number) for number in range(600)]:
+            failures.append(seen)
+
+    threads = [threading.Thread(target=target) for target in (publish, resume, resume, resume)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(3 * WAIT_S)
+    assert not failures and done.is_set()
+
+
+@pytest.mark.parametrize("mode", ["plain", "json"])
+def test_a_replay_may_be_larger_than_the_buffer(mode, start, lines):
+    """It goes out as fast as it is read, nobody is dropped, and live messages follow it in order."""
+    server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    for number in range(90):
+        server.publish(message=f"{number:05} {'x' * 50_000}")
+    with server.subscriber(mode, max_queue=1) as client:  # reads no further than it must
+        subscribe(client, "all")
+        connection = wait_for_one(server.daemon.hub.topics)
+        assert connection.transport.get_write_buffer_size() < 300_000
+        assert json.loads(server.publish(message="00090").body)["delivered"] == 1
+        assert json.loads(server.publish(message="00091").body)["delivered"] == 1
+        assert [text[:5] for text in heard(client, 92)] == [f"{n:05}" for n in range(92)]
+        wait_for(lambda: connection._replay is None)
+        server.publish(message="live")
+        assert heard(client, 1) == ["live"]
+    assert not [line for line in lines() if "dropped" in line]
+
+
+def wait_for_one(topics):
+    """Wait for somebody on the topic `news`, and return who it is."""
+    wait_for(lambda: "news" in topics)
+    return next(iter(topics["news"]))
+
+
+def test_one_that_stops_in_a_replay_is_dropped_when_it_is_behind(start, lines):
+    """What waits behind a replay has the bound MAX_BUFFER_BYTES; then the subscriber is dropped."""
+    server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    for _ in range(100):
+        server.publish(message="x" * 90_000)
+    with server.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(client_frame(f"/subscribe news {make_token()} all"))
+        wait_for_one(server.daemon.hub.topics)
+        answers = [json.loads(server.publish(message="x" * 40_000).body) for _ in range(4)]
+        assert [answer["delivered"] for answer in answers] == [1, 1, 0, 0]
+        assert len([line for line in lines() if "why=slow" in line]) == 1
+
+
+def test_nothing_comes_after_unsubscribed_in_a_replay(start):
+    """I10: a topic that is left in the middle of its replay is silent after `unsubscribed`."""
+    server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    for _ in range(90):
+        server.publish(message="x" * 50_000)
+    with server.subscriber("json", max_queue=1) as client:
+        assert subscribe(client, "all")["replayed"] == 90
+        client.send("/unsubscribe news")
+        events = [event(client)["event"]]
+        while events[-1] != "unsubscribed":
+            events.append(event(client)["event"])
+        server.publish()
+        assert silent(client)
+
+
+# --- Event streams and polling ---
+
+
+@contextlib.contextmanager
+def stream(server, query, *headers, token=None):
+    """An event stream: its head, an iterator of (id, event, data) and comments, its socket."""
+    token = token or make_token(topics=["a", "b"])
+    with server.connect() as client, client.makefile("r", encoding="utf-8", newline="\n") as file:
+        client.sendall(get(f"/sse?{query}", f"Authorization: Bearer {token}", *headers))
+        head = "".join(iter(file.readline, "\r\n"))
+        yield head, events_of(file), client
+
+
+def events_of(file):
+    """Read an event stream as the HTML standard says (section 9.2.6), as far as it is used."""
+    fields = {}
+    for line in file:
+        name, _, value = line.rstrip("\n").partition(":")
+        if fields and not name:
+            yield fields.get("id"), fields["event"], json.loads(fields["data"])
+            fields = {}
+        elif line == ":\n":
+            yield "comment"
+        elif name:
+            assert name not in fields
+            fields[name] = value.removeprefix(" ")
+
+
+def messages(events, count):
+    """Return the next messages of a stream as (id, topic, message)."""
+    found = []
+    while len(found) < count:
+        if (item := next(events)) != "comment":
+            event_id, name, data = item
+            assert (name, data["event"], data["id"]) == ("message", "message", event_id)
+            assert set(data) == {"event", "topic", "id", "time", "message"}
+            found.append((event_id, data["topic"], data["message"]))
+    return found
+
+
+def publish_to(server, topics):
+    """Broadcast to each of the topics in turn; return what a subscriber to all must receive."""
+    token = make_token(scope="broadcast", topics=["a", "b"])
+    answers = [server.publish(topic=t, message=[n], token=token) for n, t in enumerate(topics)]
+    return [
+        (json.loads(a.body)["id"], t, [n])
+        for n, (t, a) in enumerate(zip(topics, answers, strict=True))
+    ]
+
+
+def test_an_event_stream_tells_what_is_broadcast(start):
+    """Head, first event, messages with their ids, comments while it is quiet, and no end."""
+    server = start(PING_INTERVAL="0.2")
+    with stream(server, "topic=a&topic=b&topic=a") as (head, events, client):
+        assert head.startswith("HTTP/1.1 200 OK\r\n") and "Content-Length" not in head
+        for line in ("Content-Type: text/event-stream", "Cache-Control: no-store"):
+            assert f"\r\n{line}\r\n" in head
+        assert "\r\nX-Accel-Buffering: no\r\n" in head
+        event_id, name, data = next(events)
+        about = {"topics": ["a", "b"], "id": event_id, "replayed": 0}
+        assert (name, data) == ("subscribed", {"event": "subscribed"} | about)
+        client.sendall(get() + b"whatever else comes is dropped")
+        sent = publish_to(server, "ba")
+        assert messages(events, 2) == sent
+        assert next(events) == "comment"
+    server.check_empty()
+
+
+def test_last_event_id_resumes_all_topics(start):
+    """What came meanwhile on each topic is replayed in order; the header wins over `since`."""
+    server = start(HISTORY_SIZE="3")
+    sent = publish_to(server, "abba")
+    for query, header, expected, recovered in [
+        ("", f"Last-Event-ID: {sent[0][0]}", sent[1:], True),
+        ("&since=all", f"Last-Event-ID: {sent[2][0]}", sent[3:], True),
+        (f"&since={sent[1][0]}", "X: y", sent[2:], True),
+        ("&since=all", "X: y", sent, None),
+        ("&since=latest", "X: y", sent[2:], None),
+        ("", "Last-Event-ID: 0a-1", sent, False),
+        ("", f"Last-Event-ID: {sent[3][0]}", [], True),
+    ]:
+        with stream(server, f"topic=a&topic=b{query}", header) as (_, events, _):
+            event_id, _, subscribed = next(events)
+            assert subscribed.get("recovered") is recovered
+            assert subscribed["replayed"] == len(expected)
+            # Its id must not be ahead of what is still to come.
+            assert event_id == (None if expected else sent[3][0])
+            assert messages(events, len(expected)) == expected
+    publish_to(server, "aaa")
+    with stream(server, "topic=a&topic=b", f"Last-Event-ID: {sent[0][0]}") as (_, events, _):
+        assert next(events)[2]["recovered"] is False
+
+
+def test_an_event_stream_ends_at_expire_at(start):
+    """It says so with its last event, and the connection ends."""
+    server = start(PING_INTERVAL="0.2")
+    soon = int(time.time()) + 1
+    token = make_token(topics=["a", "b"], expire_at=soon)
+    with stream(server, "topic=a&topic=b", token=token) as (_, events, _):
+        *_, (_, name, data) = (item for item in events if item != "comment")
+    assert time.time() >= soon
+    ended = {"event": "unsubscribed", "topics": ["a", "b"], "error": "token_expired"}
+    assert (name, data) == ("unsubscribed", ended)
+
+
+def test_a_slow_event_stream_is_dropped(start, lines, monkeypatch):
+    """The rule for slow readers is that of the WebSocket: one line, and nobody waits."""
+    monkeypatch.setattr(notiflux, "CLOSE_TIMEOUT_S", 0.2)
+    server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    token = make_token(scope="broadcast", topics=["a"])
+    with server.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(get("/sse?topic=a", f"Authorization: Bearer {make_token(topics=['a'])}"))
+        read_head(client)
+        delivered = 1
+        for _ in range(200):
+            answer = server.publish(topic="a", message="x" * 90_000, token=token)
+            if not (delivered := json.loads(answer.body)["delivered"]):
+                break
+        assert delivered == 0
+        wait_for(lambda: not server.daemon.connections)
+    assert len([line for line in lines() if "dropped" in line and "why=slow" in line]) == 1
+
+
+def test_a_stop_ends_event_streams(start):
+    """They are drained with the rest, and what was queued is sent first."""
+    server = start()
+    with stream(server, "topic=a") as (_, events, _):
+        next(events)
+        sent = publish_to(server, "a")
+        server.stop()
+        assert messages(events, 1) == sent and list(events) == []
+
+
+BAD_QUERIES = [
+    ("no topic", "", [], 400),
+    ("an empty topic", "topic=", [], 400),
+    ("a topic with a control character", "topic=a%09", [], 400),
+    ("a topic of 513 bytes", "topic=" + "x" * 513, [], 400),
+    ("a topic that is no UTF-8", "topic=%ff", [], 400),
+    ("a bad since", "topic=a&since=yesterday", [], 400),
+    ("two sinces", "topic=a&since=all&since=all", [], 400),
+    ("O04 a token", "topic=a&token=x", [], 400),
+    ("a name without value", "topic=a&x", [], 400),
+    ("a bad Last-Event-ID", "topic=a", ["Last-Event-ID: 7"], 400),
+    ("too many topics", "&".join(f"topic={n}" for n in range(600)), [], 400),
+    ("another topic", "topic=a&topic=c", [], 403),
+]
+
+
+@pytest.mark.parametrize("path", ["/sse", "/messages"])
+@pytest.mark.parametrize(("name", "query", "headers", "status"), BAD_QUERIES)
+def test_a_bad_query_is_refused(path, name, query, headers, status, start):
+    """A query says which topics and from where, and nothing else."""
+    server = start(MAX_TOPICS="500")
+    bearer = f"Authorization: Bearer {make_token(topics=['a', 'b'])}"
+    (answer,) = server.ask(get(f"{path}?{query}", bearer, *headers))
+    assert answer.status == status
+
+
+@pytest.mark.parametrize("path", ["/sse", "/messages"])
+def test_a_query_needs_a_token_to_subscribe(path, server):
+    """401 without a token or with a bad one, 403 with a publisher's."""
+    publisher = f"Authorization: Bearer {make_token(topics=['a'], scope='broadcast')}"
+    requests = [get(f"{path}?topic=a", *headers) for headers in ([], ["Authorization: Bearer x"])]
+    answers = server.ask(*requests, get(f"{path}?topic=a", publisher))
+    assert [answer.status for answer in answers] == [401, 401, 403]
+    assert answers[0].headers["www-authenticate"] == "Bearer"
+
+
+def ask_messages(server, query, method="GET"):
+    bearer = f"Authorization: Bearer {make_token(topics=['a', 'b'])}"
+    (answer,) = server.ask(get(f"/messages?{query}", bearer, method=method), methods=[method])
+    return answer
+
+
+def test_messages_can_be_polled(start):
+    """What history holds of some topics, after an id; HEAD says how much that would be."""
+    server = start()
+    sent = publish_to(server, "abba")
+    for since, expected, recovered in [
+        ("", sent, False),
+        ("&since=all", sent, False),
+        ("&since=latest", sent[2:], False),
+        (f"&since={sent[1][0]}", sent[2:], True),
+        (f"&since={sent[3][0]}", [], True),
+        ("&since=0a-1", sent, False),
+    ]:
+        answer = ask_messages(server, f"topic=a&topic=b{since}")
+        body = json.loads(answer.body)
+        assert answer.headers["content-type"] == "application/json"
+        assert (body["id"], body["recovered"]) == (sent[3][0], recovered)
+        assert [(m["id"], m["topic"], m["message"]) for m in body["messages"]] == expected
+        assert all(set(m) == {"topic", "id", "time", "message"} for m in body["messages"])
+    head = ask_messages(server, "topic=a&topic=b&since=0a-1", "HEAD")
+    assert head.headers["content-length"] == answer.headers["content-length"] and not head.body
+    assert [m["topic"] for m in json.loads(ask_messages(server, "topic=b").body)["messages"]] == [
+        "b",
+        "b",
+    ]
+
+
+def test_a_poll_gets_no_more_than_the_buffer_takes(start):
+    """A large history comes in parts: `id` says where to go on, and nothing is left out."""
+    server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    token = make_token(scope="broadcast", topics=["a"])
+    for number in range(10):
+        server.publish(topic="a", message=f"{number}{'x' * 40_000}", token=token)
+    server.publish(topic="a", message="x" * 95_000, token=token)
+    since, sizes, seen = "all", [], []
+    while not sizes or sizes[-1]:
+        body = json.loads(ask_messages(server, f"topic=a&since={since}").body)
+        assert body["recovered"] is (since != "all")
+        seen += [message["message"][0] for message in body["messages"]]
+        sizes.append(len(body["messages"]))
+        since = body["id"]
+    assert sizes == [2, 2, 2, 2, 2, 1, 0] and "".join(seen) == "0123456789x"
 
 
 # --- HTTP: the reader ---
@@ -2716,6 +3205,362 @@ def test_the_rust_programs_variable_is_taken(launch):
         assert daemon.stop()[0] == 0
     finally:
         daemon.kill()
+
+
+# --- Clients: the commands, notiflux.js in Node, the console in a browser ---
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    path = tmp_path / "private.pem"
+    path.write_bytes(private_pem(KEY))
+    return path
+
+
+@contextlib.contextmanager
+def command(*arguments, **changes):
+    """A command as a process; its lines come by `.stdout` and `.stderr`."""
+    program = [sys.executable, ROOT / "notiflux.py", *arguments]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    with subprocess.Popen(program, env=environment(**changes), text=True, **pipes) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def cut_all(server):
+    """Reset every connection to a subscriber, as a network would."""
+    server.call(lambda: [c.transport.abort() for s in server.daemon.hub.topics.values() for c in s])
+
+
+def test_publish_and_subscribe_work_in_pipes(server, key_file):
+    """One line a message as it comes, - is standard input, the answer is id and count."""
+    about = {"NOTIFLUX_URL": f"http://127.0.0.1:{server.port}", "NOTIFLUX_KEY_FILE": str(key_file)}
+    with command("subscribe", "news", "other", **about) as subscriber:
+        wait_for(lambda: set(server.daemon.hub.topics) == {"news", "other"})
+        done = run("publish", "news", "größe 1", **about)
+        assert re.fullmatch(r"[0-9a-f]{8}-[0-9]+ 1\n", done.stdout) and done.returncode == 0
+        assert subscriber.stdout.readline() == "größe 1\n"
+        with command("publish", "other", "-", **about) as publisher:
+            assert publisher.communicate("two\nlines\n", timeout=WAIT_S)[0].endswith(" 1\n")
+        assert [subscriber.stdout.readline() for _ in "12"] == ["two\n", "lines\n"]
+    with command("subscribe", "news", "--json", "--since", "latest", **about) as subscriber:
+        message = json.loads(subscriber.stdout.readline())
+        assert (message["topic"], message["message"]) == ("news", "größe 1")
+        subscriber.send_signal(signal.SIGINT)
+        assert subscriber.wait(WAIT_S) == 130 and subscriber.stderr.read() == ""
+    server.check_empty()
+
+
+def test_subscribe_resumes_by_itself(start, key_file):
+    """What came while the line was cut is printed; what a restart lost is told on standard error."""
+    port = str(free_port())
+    server = start(PORT=port)
+    about = {"NOTIFLUX_URL": f"http://127.0.0.1:{port}", "NOTIFLUX_KEY_FILE": str(key_file)}
+    with command("subscribe", "news", **about) as subscriber:
+        wait_for(lambda: server.daemon.hub.topics)
+        for number in range(4):
+            server.publish(message=str(number))
+            cut_all(server)
+        assert [subscriber.stdout.readline() for _ in range(4)] == ["0\n", "1\n", "2\n", "3\n"]
+        wait_for(lambda: server.daemon.hub.topics)
+        server.stop()
+        server = start(PORT=port)
+        wait_for(lambda: server.daemon.hub.topics)
+        server.publish(message="after")
+        assert subscriber.stdout.readline() == "after\n"
+        subscriber.terminate()
+        assert "notiflux: news: messages may have been missed\n" in subscriber.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["publish", "news", "x", "--token", "bad"], 1, '401 {"error": "invalid_token"'),
+        (["publish", "", "x"], 1, "a topic is 1 to 512 bytes long"),
+        (["publish", "news", "x", "--url", "http://127.0.0.1:1"], 1, "Connection refused"),
+        (["subscribe", "news", "--token", "bad"], 1, "news: the token is malformed"),
+        (["subscribe", "news", "--since", "x"], 1, "news: since is an id, latest or all"),
+        (["publish", "news"], 2, "the following arguments are required: message"),
+        (["subscribe"], 2, "the following arguments are required: topic"),
+        (["subscribe", "news", "--key", "missing.pem"], 1, "cannot read missing.pem"),
+    ],
+)
+def test_a_client_command_says_what_went_wrong(arguments, code, words, server, key_file):
+    """One line on standard error and an exit code."""
+    about = {"NOTIFLUX_URL": f"http://127.0.0.1:{server.port}", "NOTIFLUX_KEY_FILE": str(key_file)}
+    done = run(*arguments, **about)
+    assert done.returncode == code and words in done.stderr and not done.stdout
+    assert done.stderr.count("\n") == 1 or code == 2
+    assert run("publish", "news", "x").returncode == 2
+
+
+NODE = shutil.which("node") or shutil.which("nodejs")
+NODE_SCRIPT = """
+import {Notiflux} from "./notiflux.mjs";
+const [url, tokens, since] = JSON.parse(process.argv[2]);
+const say = (...words) => console.log(JSON.stringify(words));
+const token = async topic => { say("token", topic); return tokens[topic].shift(); };
+const client = new Notiflux(url, {token, onstatus: status => say("status", status)});
+for (const topic of Object.keys(tokens))
+  client.subscribe(topic, (message, {id}) => say("message", topic, message), {since});
+process.stdin.on("data", line => eval(String(line)));
+"""
+
+
+@pytest.fixture
+def node(tmp_path):
+    """Run notiflux.js in Node; `.said(word)` waits for the next line that begins with it."""
+    if not NODE:
+        pytest.skip("no Node here")
+    flags = ["--experimental-websocket"]
+    probe = ["-e", "process.exit(typeof WebSocket == 'function' ? 0 : 1)"]
+    if subprocess.run([NODE, *probe]).returncode == 0:
+        flags = []
+    elif subprocess.run([NODE, *flags, *probe], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this Node has no WebSocket")
+    (tmp_path / "notiflux.mjs").write_text(notiflux.CLIENT)
+    (tmp_path / "run.mjs").write_text(NODE_SCRIPT)
+    processes = []
+
+    def start_one(server, tokens, since=""):
+        about = json.dumps([f"http://127.0.0.1:{server.port}/ws", tokens, since])
+        process = subprocess.Popen(
+            [NODE, *flags, tmp_path / "run.mjs", about],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        processes.append(process)
+
+        def said(*words):
+            for line in process.stdout:
+                heard = json.loads(line)
+                if heard[: len(words)] == list(words):
+                    return heard[len(words)]
+            raise AssertionError("it ended")
+
+        def states(*wanted):
+            for state in wanted:
+                while (status := said("status"))["state"] != state:
+                    assert status["state"] in ("connecting", "waiting"), status
+            return status
+
+        process.said, process.states = said, states
+        return process
+
+    yield start_one
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_the_client_resumes_after_a_cut(server, node):
+    """notiflux.js reconnects with a fresh token, and hears what came meanwhile, once."""
+    client = node(server, {"news": [make_token(jti=str(n)) for n in range(9)]})
+    assert client.states("connecting", "open", "subscribed")["replayed"] == 0
+    for number in range(3):
+        cut_all(server)
+        server.publish(message={"number": number})
+        assert client.said("token") == "news"
+        status = client.states("subscribed")
+        assert (status["recovered"], status["replayed"]) == (True, 1)
+        assert client.said("message", "news") == {"number": number}
+    client.stdin.write("client.unsubscribe('news')\n")
+    client.stdin.flush()
+    wait_for(lambda: not server.daemon.hub.topics)
+    client.stdin.write("client.close()\n")
+    client.stdin.flush()
+    client.states("closed")
+    server.check_empty()
+
+
+def test_the_client_tells_when_messages_may_be_missing(start, node):
+    """After a restart of the server, which forgot, `recovered` is false; then it goes on."""
+    port = str(free_port())
+    server = start(PORT=port)
+    client = node(server, {"news": [make_token()] * 9})
+    client.states("connecting", "open", "subscribed")
+    server.stop()
+    server = start(PORT=port)
+    client.said("token")
+    assert client.states("subscribed")["recovered"] is False
+    server.publish()
+    assert client.said("message", "news") == "hello"
+
+
+def test_the_client_stops_where_trying_again_is_no_use(server, node):
+    """A refused token is asked for once more, then reported; the other topic goes on."""
+    client = node(server, {"news": ["bad", make_token()], "other": ["bad", "worse", "never"]})
+    while (refused := client.said("status"))["state"] != "refused":
+        pass
+    detail = "the token is malformed"
+    assert refused == {
+        "state": "refused",
+        "topic": "other",
+        "error": "invalid_token",
+        "detail": detail,
+    }
+    wait_for(lambda: "news" in server.daemon.hub.topics)
+    server.publish()
+    assert client.said("message", "news") == "hello"
+
+
+def test_the_client_notices_a_dead_line(launch, node):
+    """A server that says nothing for two keepalives is left, and found again when it is back."""
+    daemon = launch(PING_INTERVAL="0.3", PORT="0")
+    client = node(daemon, {"news": [make_token()] * 99})
+    client.states("connecting", "open", "subscribed")
+    daemon.process.send_signal(signal.SIGSTOP)
+    assert client.said("status") == {"state": "waiting"}
+    daemon.process.send_signal(signal.SIGCONT)
+    client.said("token")
+    while client.said("status")["state"] != "subscribed":
+        pass
+
+
+def test_a_subscription_is_renewed_when_its_time_is_up(start, node):
+    """After token_expired notiflux.js asks for a fresh token and subscribes again."""
+    server = start(PING_INTERVAL="0.2")
+    soon = make_token(expire_at=int(time.time()) + 1)
+    client = node(server, {"news": [soon, make_token()]})
+    client.states("connecting", "open", "subscribed")
+    assert client.said("token") == "news"
+    assert client.states("subscribed")["recovered"] is True
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+class Browser:
+    """A headless Chromium with one page, driven over its DevTools protocol."""
+
+    FLAGS = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
+        "--disable-background-networking --disable-component-update --remote-debugging-port=0"
+    )
+
+    def __init__(self, folder):
+        self.process = subprocess.Popen(
+            [CHROMIUM, *self.FLAGS.split(), f"--user-data-dir={folder}"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        found = None
+        while not found:
+            found = re.search(r"DevTools listening on (ws://\S+)", self.process.stderr.readline())
+        self.reader = threading.Thread(target=self.process.stderr.read)
+        self.reader.start()
+        self.stack = contextlib.ExitStack()
+        connected = connect(found[1], max_size=None, compression=None, open_timeout=3 * WAIT_S)
+        self.socket = self.stack.enter_context(connected)
+        self.session, self.complaints, self.calls = {}, [], 0
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
+        for domain in ("Runtime", "Log", "Page"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **params):
+        self.calls += 1
+        call = {"id": self.calls, "method": method, "params": params, **self.session}
+        self.socket.send(json.dumps(call))
+        while (answer := json.loads(self.socket.recv(timeout=3 * WAIT_S))).get("id") != self.calls:
+            if answer["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.complaints.append(answer["params"])
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def evaluate(self, expression):
+        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    def shows(self, text):
+        """Wait until the page shows that text."""
+        wait_for(lambda: text in (self.evaluate("document.body?.innerText ?? ''") or ""))
+
+    def fill(self, form, **fields):
+        for name, value in fields.items():
+            field = f"document.forms.{form}.elements.{name}"
+            self.evaluate(f"{field}.value = {json.dumps(value)}")
+        self.evaluate(f"document.forms.{form}.requestSubmit()")
+
+    def close(self):
+        self.stack.close()
+        self.process.terminate()
+        self.process.wait(WAIT_S)
+        self.reader.join(WAIT_S)
+        self.process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM:
+        pytest.skip("no Chromium here")
+    one = Browser(tmp_path_factory.mktemp("chromium"))
+    yield one
+    one.close()
+
+
+def test_the_console_in_a_browser(start, browser):
+    """It subscribes, shows what comes as text, and broadcasts; across a cut line nothing is
+    missed, and after a restart that forgot it says so. No policy is violated."""
+    port = str(free_port())
+    server = start(PORT=port)
+    tokens = {scope: make_token(scope=scope) for scope in ("subscribe", "broadcast")}
+    fragment = "&".join(f"{scope}={token}" for scope, token in tokens.items())
+    browser.complaints.clear()
+    browser.call("Page.navigate", url=f"http://127.0.0.1:{port}/#topic=news&{fragment}")
+    browser.shows("open")
+    server.publish(message="from before")
+    browser.fill("subscribe")
+    browser.shows("subscribed, 1 from history")
+    browser.shows("from before")
+    browser.fill("broadcast", message="<b onclick='x()'>bold</b>")
+    browser.shows("<b onclick='x()'>bold</b>")
+    browser.shows('"delivered":1')
+    assert browser.evaluate("document.querySelectorAll('#messages b').length") == 0
+    cut_all(server)
+    server.publish(message=["while", "away"])
+    browser.shows('["while","away"]')
+    server.stop()
+    browser.shows("waiting")
+    server = start(PORT=port)
+    server.publish(message="lost to nobody")
+    browser.shows("messages may have been missed, 1 from history")
+    browser.shows("lost to nobody")
+    browser.fill("broadcast", token="bad")
+    browser.shows("the token is malformed")
+    unexpected = [c for c in browser.complaints if c["entry"]["source"] != "network"]
+    assert not unexpected
+
+
+def test_a_page_of_elsewhere_is_kept_out(start, browser):
+    """H41: with ALLOWED_ORIGINS the page of another origin gets no WebSocket and no answer."""
+    page = start()
+    home = f"http://127.0.0.1:{page.port}"
+    servers = [start(), start(ALLOWED_ORIGINS=home), start(ALLOWED_ORIGINS="https://a.example")]
+    browser.call("Page.navigate", url=f"{home}/health")  # a page without a policy of its own
+    browser.shows("ok")
+    for server, expected in zip(servers, ("200 open", "200 open", "no close"), strict=True):
+        browser.evaluate(
+            f"""fetch("http://127.0.0.1:{server.port}/health").then(r => r.status, () => "no")
+            .then(got => {{
+              const socket = new WebSocket("ws://127.0.0.1:{server.port}/ws");
+              socket.onopen = socket.onclose = e => document.title ||= `${{got}} ${{e.type}}`;
+            }}); document.title = ''"""
+        )
+        wait_for(lambda expected=expected: browser.evaluate("document.title") == expected)
+    browser.call("Page.navigate", url="about:blank")
 
 
 # --- The house's own rules ---
