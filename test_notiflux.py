@@ -38,6 +38,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 from pathlib import Path
 
 import jwt
@@ -955,7 +956,8 @@ class Forgetless:
 def clock(monkeypatch):
     """The monotonic clock, as a list with one number that the test moves."""
     now = [1000.0]
-    monkeypatch.setattr(notiflux.time, "monotonic", lambda: now[0])
+    own = types.SimpleNamespace(**vars(time) | {"monotonic": lambda: now[0]})
+    monkeypatch.setattr(notiflux, "time", own)  # and not that of the event loops
     return now
 
 
