@@ -1329,16 +1329,16 @@ CONSOLE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>notiflux</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-  :root { color-scheme: light dark; --line: color-mix(in srgb, CanvasText 25%, Canvas) }
+  :root { color-scheme: light dark }
   body { font: 1rem/1.45 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 0 1rem }
   main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) }
-  form { display: grid; gap: .6rem; padding: 0 1rem 1rem; border: 1px solid var(--line) }
-  label { display: grid; font-size: .9rem } small { display: block; opacity: .75 }
+  form { padding: 0 1rem 1rem; border: 1px solid #8888 }
+  form, label { display: grid; gap: .4rem; align-content: start }
   input, textarea, button { font: inherit; padding: .4rem; min-width: 0 }
-  #state { float: right; font-size: 1rem; font-weight: normal }
+  #state { float: right; font-size: 1rem; font-weight: normal } small { display: block }
   #state::before { content: "\25cf  "; color: #d70 } #state[data-state=open]::before { color: #2a3 }
-  ol { list-style: none; padding: 0; overflow-wrap: anywhere }
-  li { border-top: 1px solid var(--line); padding: .4rem 0; white-space: pre-wrap }
+  ol { list-style: none; padding: 0; overflow-wrap: anywhere } label, small { font-size: .9rem }
+  li { border-top: 1px solid #8888; padding: .4rem 0; white-space: pre-wrap }
 </style>
 <h1>notiflux <output id="state"></output></h1><main>
 <form id="subscribe"><h3>Subscribe</h3>

@@ -2789,9 +2789,9 @@ def test_requests_of_others_are_never_a_500(server):
         statuses = [int(s) for s in re.findall(rb"^HTTP/1\.1 (\d{3}) ", received, re.MULTILINE)]
         assert received.startswith(b"HTTP/1.1 ") or not received, row["name"]
         assert all(status < 500 or status in (501, 505) for status in statuses), row["name"]
-        assert not any(s < 300 and s != 100 for s in statuses) or row["expect"] != "invalid", row[
-            "name"
-        ]
+        limits = "LimitRequest" in (row.get("reason") or "")  # theirs are lower than ours
+        invalid = row["expect"] == "invalid" and not limits
+        assert not invalid or not any(s < 300 and s != 100 for s in statuses), row["name"]
         assert statuses or row["expect"] != "valid", row["name"]
         assert outcome([data]) == outcome(data[at : at + 1] for at in range(len(data))), row["name"]
 
