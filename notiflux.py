@@ -9,18 +9,10 @@
 A message's way: HTTPConnection -> Router.process_request -> TokenVerifier -> Hub.broadcast
 -> WebSocketSubscriber.deliver -> its socket. One process, one event loop, no threads, no locks.
 
-  notiflux.py               run the daemon; its settings come from the environment
-  notiflux.py dev           run it with a throwaway key, and print what to type next
-  notiflux.py keygen        make the key pair: private.pem signs tokens, public.pem is the daemon's
-  notiflux.py token         print a token that lets its holder subscribe or broadcast
-  notiflux.py check         check settings and key, or say what a token grants
-  notiflux.py publish       broadcast one message
-  notiflux.py subscribe     print messages as they come
-
 A 2xx to a publisher means that the broadcast happened, exactly once; any other answer that it did
 not. A subscriber that does not keep up is dropped, never waited for, and resumes from history when
 it is back. No token, key or message text is ever logged. Nothing is stored for good, and nobody
-can tell whether a message was read.
+can tell whether a message was read. Without a command this runs the daemon.
 
 The rooms, each using only what stands above it: Errors, Settings, Tokens, Messages, Hub,
 Subscribers, HTTP, Browser, Routes, Observation, Daemon, Command line.
@@ -74,12 +66,9 @@ try:
     import websockets.version
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from websockets.datastructures import Headers
     from websockets.exceptions import ConnectionClosed, WebSocketException
     from websockets.frames import Frame, Opcode
-    from websockets.http11 import Response
     from websockets.protocol import State
-    from websockets.typing import Subprotocol
 
     for _name, _floor, _found in (
         ("websockets", (15, 0), websockets.version.version),
@@ -104,6 +93,7 @@ COMMANDS_REFUSED_MAX = 16
 LINE_MAX = 8 * 1024  # bytes of the request line, and of one header line, without CRLF
 HEAD_MAX = 16 * 1024  # bytes of a whole head, with its empty line
 HEADERS_MAX = 64
+HEADS_REMEMBERED = 128  # that were read without a fault, at most 2 MiB of them
 CHUNK_LINE_MAX = 256  # bytes of a chunk's size line; extensions are short where they exist
 READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy for long
 FRAMES_READ_MAX = 4 * 1024  # the same once they are frames: an empty one has 6 bytes
@@ -115,7 +105,6 @@ CLOSE_TIMEOUT_S = 10  # for a subscriber to take its close frame and go
 SWEEP_S = 1.0  # between two looks at every connection's deadline
 
 log = logging.getLogger("notiflux")
-"".encode("unicode_escape")  # loads the codec now, while there are descriptors
 
 
 # --- Errors: what can go wrong, and how a peer hears of it. ---
@@ -142,10 +131,7 @@ class SettingsError(CommandError):
 
 
 class Refusal(Exception):
-    """The one way in which anything says no to a peer.
-
-    `code` is the `error` of the answer, `detail` one sentence of a finite set, never a peer's text.
-    """
+    """The one way to say no to a peer; `detail` is of a finite set, and has no text of the peer."""
 
     def __init__(self, status: int, detail: str, code: str = "", **headers: str) -> None:
         super().__init__(detail)
@@ -194,10 +180,9 @@ SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes) -> Any:
-    """Return the JSON value in `data`, read strictly (RFC 8259). Raises ValueError for all else.
+    """Return the JSON value in `data` (RFC 8259). Raises ValueError for anything else.
 
-    So for what would not survive being written again: duplicate names, numbers beyond a double,
-    unpaired surrogates; and where it nests deeper than 64.
+    Also for duplicate names, numbers beyond a double, unpaired surrogates, and more than 64 levels.
     """
     text = data.decode()
     try:
@@ -354,10 +339,6 @@ class Claims:
     nbf: int
     expire_at: float  # infinite where there is none
 
-    def grant(self, topic: str) -> bool:
-        """Tell whether the token is for `topic`: whole strings, or a prefix where one is given."""
-        return topic in self.topics or topic.startswith(self.topic_prefixes)
-
 
 def is_texts(value: Any) -> bool:
     """Tell whether a JSON value is a list of strings."""
@@ -402,7 +383,7 @@ class TokenVerifier:
         """Return the claims of a token that grants `scope` on `topics`. Raises Refusal."""
         claims, code = self.verify(token), "insufficient_scope"
         refuse_if(claims.scope != scope, 403, f"this takes a token with scope {scope}", code)
-        granted = all(map(claims.grant, topics))
+        granted = all(t in claims.topics or t.startswith(claims.topic_prefixes) for t in topics)
         refuse_if(not granted, 403, "the token does not grant this topic", code)
         return claims
 
@@ -561,8 +542,7 @@ class History:
     def since(self, topics: Iterable[str], since: str) -> tuple[list[Message], bool]:
         """Return what is held of `topics` after `since`, oldest first, and whether that is all.
 
-        `since` is an id, "all", or "latest": the newest message of each topic. An id that this
-        server never gave counts as "all"; nothing is known to be missing or not but after an id.
+        `since` is an id, "all" (as is an id never given), or "latest": the newest of each topic.
         """
         lists = [self._topics.get(topic, []) for topic in topics]
         if since == "latest":
@@ -582,8 +562,7 @@ class Hub:
     """The one owner of who listens to what: s in topics[t] if and only if t in s.topics.
 
     No set of `topics` is empty. A subscriber is anything with a set `topics`, which the hub alone
-    changes, a function `encode` that makes its frames, and a `deliver` that queues a frame and
-    says whether it was, at once. The mirror makes leaving as cheap as one's own topics are few.
+    changes, a function `encode` that makes its frames, and a `deliver` that queues one at once.
     """
 
     def __init__(self, history: History) -> None:
@@ -608,10 +587,12 @@ class Hub:
         delivered = 0
         for topic in topics:
             message = self.history.add(topic, value)
-            frame = functools.cache(lambda encode, message=message: encode(message))
+            frames: dict[Any, bytes] = {}  # by what made them, each once
             # A copy, since a subscriber that proves too slow leaves while it is delivered to.
             for subscriber in tuple(self.topics.get(topic, ())):
-                delivered += subscriber.deliver(frame(subscriber.encode))
+                encode = subscriber.encode
+                frame = frames.get(encode) or frames.setdefault(encode, encode(message))
+                delivered += subscriber.deliver(frame)
         return self.history.position, delivered
 
 
@@ -627,7 +608,7 @@ class Shared:
 
 # --- Subscribers: a WebSocket with its commands, and an event stream. ---
 
-SUBPROTOCOL = Subprotocol("notiflux.v1")
+SUBPROTOCOL: Any = "notiflux.v1"
 PING_FRAME = Frame(Opcode.PING, b"").serialize(mask=False)
 INVALID_SUBSCRIBE = "Invalid subscribe command, it should be: /subscribe <topic> <token>"
 
@@ -888,7 +869,7 @@ class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnec
 class EventStream(BaseSubscriber):
     """One event stream, a GET /sse whose answer does not end; what still comes in is dropped."""
 
-    def __init__(self, shared: Shared, head: Response, topics: list[str], *how: Any) -> None:
+    def __init__(self, shared: Shared, head: Any, topics: list[str], *how: Any) -> None:
         super().__init__(shared, Message.event_lines)
         self.head = head
         self._start = functools.partial(self._follow, topics, *how, topics=topics)
@@ -916,7 +897,7 @@ class EventStream(BaseSubscriber):
 
 # --- HTTP: bytes to requests, answers to bytes. Knows no topics and no tokens. ---
 
-HEAD_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z\r-]")
+HEAD_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z\r-]")  # TLS may have no line's end, ever
 HEAD_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")  # or a line that does not end in CRLF
 REQUEST_LINE = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) "
@@ -933,8 +914,7 @@ CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 TOO_LARGE = "the body is larger than MAX_MESSAGE_BYTES"
 HANDSHAKE = (
-    "GET /ws HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {}\r\n{}\r\n"
+    "GET /ws HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
 )
 
 
@@ -950,11 +930,22 @@ class Request:
 
     def tokens(self, name: str) -> list[str]:
         """Return a list-valued header's members, lower case. Raises Refusal where it is none."""
+        if name not in self.headers:
+            return []
         members = ",".join(self.headers[name]).lower().split(",")
         members = [member.strip(" \t") for member in members]
         members = [member for member in members if member]  # RFC 9110 section 5.6.1
         refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
         return members
+
+
+@dataclass(slots=True)
+class Response:
+    """One answer; `body` is empty where there is none."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
 
 
 def _parse_headers(lines: Iterable[bytes]) -> defaultdict[str, list[str]]:
@@ -968,8 +959,21 @@ def _parse_headers(lines: Iterable[bytes]) -> defaultdict[str, list[str]]:
     return headers
 
 
-def _parse_head(lines: list[bytes]) -> Request:
-    """Return the request in the lines of a head. Raises Refusal."""
+def _split(head: bytes) -> list[bytes]:
+    """Return the lines of a head or trailer. Raises Refusal: 414 where the first is too long."""
+    lines = head.split(b"\r\n")[:-2]
+    if max(map(len, lines)) > LINE_MAX:
+        raise Refusal(414 if len(lines[0]) > LINE_MAX else 431, "a line that is too long")
+    refuse_if(len(lines) - 1 > HEADERS_MAX, 431, "more headers than are read")
+    return lines
+
+
+@functools.lru_cache(HEADS_REMEMBERED)  # one who stays sends the same head again and again
+def _parse_head(head: bytes) -> tuple[str, str, tuple[int, int], defaultdict[str, list[str]]]:
+    """Return method, path, version and headers. Raises Refusal."""
+    lines = _split(head)
+    if not lines[0]:  # one empty line is tolerated: RFC 9112 section 2.2
+        del lines[0]
     match = REQUEST_LINE.fullmatch(lines[0]) if lines else None
     if not match:
         raise Refusal(400, "a malformed request line")
@@ -978,12 +982,11 @@ def _parse_head(lines: list[bytes]) -> Request:
     if elsewhere or not (authority or target) or (target == "*" and method != "OPTIONS"):
         raise Refusal(400, "a malformed request line")
     refuse_if(major != "1" or minor not in "01", 505, "this server speaks HTTP/1.1")
-    request = Request(method, target or "/", (1, int(minor)), _parse_headers(lines[1:]))
-    hosts = request.headers["host"]
-    missing = not hosts and request.version == (1, 1)
-    refuse_if(missing or len(hosts) > 1, 400, "not exactly one Host header")
+    headers = _parse_headers(lines[1:])
+    hosts = headers["host"]
+    refuse_if(len(hosts) > 1 or (not hosts and minor == "1"), 400, "not exactly one Host header")
     refuse_if(hosts and not HOST.fullmatch(hosts[0]), 400, "a malformed Host header")
-    return request
+    return method, target or "/", (1, int(minor)), headers
 
 
 def _body_length(request: Request, most: int) -> int | None:
@@ -1010,8 +1013,7 @@ def _body_length(request: Request, most: int) -> int | None:
 class RequestReader:
     """Reads requests from bytes, strictly: a full match or a Refusal, never a repair.
 
-    No I/O and no clock. How the bytes were cut never changes the outcome, and nothing more can
-    be read after a Refusal.
+    No I/O, no clock. How the bytes were cut changes nothing; after a Refusal there is no more.
     """
 
     def __init__(self, body_max: int) -> None:
@@ -1040,12 +1042,8 @@ class RequestReader:
             while not self._buffer:
                 yield None
             self.stage, self.request = "head", None
-            # TLS, say, whose hello may have no line's end
             refuse_if(not HEAD_START.match(self._buffer), 400, "a malformed request line")
-            lines = yield from self._lines()
-            if not lines[0]:  # one empty line is tolerated: RFC 9112 section 2.2
-                del lines[0]
-            self.request = request = _parse_head(lines)
+            self.request = request = Request(*_parse_head((yield from self._head())))
             length = _body_length(request, self._body_max)
             if length != 0:
                 self.stage = "body"
@@ -1064,8 +1062,8 @@ class RequestReader:
         del self._buffer[:size]
         return data
 
-    def _lines(self) -> Generator[None, None, list[bytes]]:
-        """Read lines through an empty one. Raises Refusal: 414 where the first is too long."""
+    def _head(self) -> Generator[None, None, bytes]:
+        """Read lines through an empty one. Raises Refusal where that is too far away."""
         start = 0
         while not (end := HEAD_END.search(self._buffer, start, HEAD_MAX)):
             if len(self._buffer) >= HEAD_MAX:
@@ -1074,11 +1072,7 @@ class RequestReader:
             start = max(0, len(self._buffer) - 3)
             yield
         refuse_if(end[0] == b"\n", 400, "a line that does not end in CRLF")
-        lines = (yield from self._exactly(end.end())).split(b"\r\n")[:-2]
-        if max(map(len, lines)) > LINE_MAX:
-            raise Refusal(414 if len(lines[0]) > LINE_MAX else 431, "a line that is too long")
-        refuse_if(len(lines) - 1 > HEADERS_MAX, 431, "more headers than are read")
-        return lines
+        return (yield from self._exactly(end.end()))
 
     def _chunks(self) -> Generator[None, None, bytes]:
         """Read a chunked body; extensions and trailers are dropped (RFC 9112 section 7.1)."""
@@ -1094,11 +1088,16 @@ class RequestReader:
             refuse_if(len(body) + size > self._body_max, 413, TOO_LARGE)
             del self._buffer[:end]  # but not its CRLF, so that what follows has one on both sides
             if size == 0:
-                _parse_headers((yield from self._lines())[1:])
+                _parse_headers(_split((yield from self._head()))[1:])
                 return bytes(body)
             chunk = yield from self._exactly(size + 4)
             refuse_if(not chunk.endswith(b"\r\n"), 400, "a malformed chunk")
             body += chunk[2:-2]
+
+
+@functools.lru_cache(1)
+def _date(now_s: int) -> str:
+    return email.utils.formatdate(now_s, usegmt=True)
 
 
 class HTTPConnection(asyncio.Protocol):
@@ -1192,9 +1191,9 @@ class HTTPConnection(asyncio.Protocol):
             websocket = self._make_websocket(json_mode=json_mode)
             self._hand_over(websocket)
             # What was checked, and nothing else that a client may have put around it.
-            subprotocol = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n" if json_mode else ""
-            head = HANDSHAKE.format(request.headers["sec-websocket-key"][0], subprotocol)
-            websocket.data_received(head.encode())
+            offer = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n" if json_mode else ""
+            key = f"Sec-WebSocket-Key: {request.headers['sec-websocket-key'][0]}\r\n"
+            websocket.data_received(f"{HANDSHAKE}{key}{offer}\r\n".encode())
         elif isinstance(response, EventStream):
             self.transport.set_write_buffer_limits(self._shared.settings.max_buffer_bytes)
             self._write(request, response.head, False)
@@ -1208,12 +1207,13 @@ class HTTPConnection(asyncio.Protocol):
         self._write(request, self._router.refuse(self, request, refusal), True)
 
     def _write(self, request: Request | None, response: Response, last: bool) -> None:
-        response.headers["Date"] = email.utils.formatdate(usegmt=True)
+        response.headers["Date"] = _date(int(time.time()))
         if last:
             response.headers["Connection"] = "close"
-        if request and request.method == "HEAD":
-            response.body = b""
-        self.transport.write(response.serialize())
+        lines = [f"HTTP/1.1 {response.status} {PHRASES[response.status]}"]
+        lines += [f"{name}: {value}" for name, value in response.headers.items()]
+        body = b"" if request and request.method == "HEAD" else response.body
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
         if last:
             self._close()
 
@@ -1266,7 +1266,7 @@ export class Notiflux {
     const socket = this.#socket = new this.#options.WebSocket(this.#url, "notiflux.v1");
     const current = act => event => { if (socket === this.#socket) act(event); };
     socket.onmessage = current(({data}) => this.#hear(JSON.parse(data)));
-    socket.onclose = current(({code}) => code === 1008 ? this.close() : this.#retry());
+    socket.onclose = current(() => this.#retry());
     socket.onerror = () => {};  // a close follows
     this.#watch();
     this.#options.onstatus({state: "connecting"});
@@ -1474,7 +1474,7 @@ class Router:
 
     def _respond(self, request: Request | None, status: int, content: Any, more: Any) -> Response:
         """Return a response with `content`: bytes as they are, anything else as its JSON."""
-        headers, body = Headers(more), content
+        headers, body = {**more}, content
         if not isinstance(content, bytes):
             body = json.dumps(content).encode() + b"\n"
             headers["Content-Type"] = "application/json"
@@ -1485,7 +1485,7 @@ class Router:
         if allowed is None or (len(origins) == 1 and origins[0].lower() in allowed):
             headers["Access-Control-Allow-Origin"] = "*"
         headers["Vary"] = "Origin"
-        return Response(status, PHRASES[status], headers, body)
+        return Response(status, headers, body)
 
     def _page(self, request: Request) -> Response:
         body, kind = PAGES[request.path]
@@ -1970,7 +1970,7 @@ def _parser() -> argparse.ArgumentParser:
     subscribe("--json", action="store_true", help="one JSON object a line")
     url = os.environ.get("NOTIFLUX_URL") or "http://127.0.0.1:8080"
     for client in (publish, subscribe):
-        client("--url", default=url, help=f"of the daemon ({url})")
+        client("--url", default=url, type=lambda u: u.rstrip("/"), help=f"of the daemon ({url})")
         client("--token", help="one to use (NOTIFLUX_TOKEN)")
         client("--key", help="private.pem, to make tokens with (NOTIFLUX_KEY_FILE)")
     for each in (parser, *commands.choices.values()):

@@ -3244,7 +3244,7 @@ def cut_all(server):
 
 def test_publish_and_subscribe_work_in_pipes(server, key_file):
     """One line a message as it comes, - is standard input, the answer is id and count."""
-    about = {"NOTIFLUX_URL": f"http://127.0.0.1:{server.port}", "NOTIFLUX_KEY_FILE": str(key_file)}
+    about = {"NOTIFLUX_URL": f"http://127.0.0.1:{server.port}/", "NOTIFLUX_KEY_FILE": str(key_file)}
     with command("subscribe", "news", "other", **about) as subscriber:
         wait_for(lambda: set(server.daemon.hub.topics) == {"news", "other"})
         done = run("publish", "news", "größe 1", **about)
@@ -3411,6 +3411,19 @@ def test_the_client_stops_where_trying_again_is_no_use(server, node):
         "error": "invalid_token",
         "detail": detail,
     }
+    wait_for(lambda: "news" in server.daemon.hub.topics)
+    server.publish()
+    assert client.said("message", "news") == "hello"
+
+
+def test_the_client_goes_on_after_too_many_refusals(server, node):
+    """16 refused commands close the connection; what was not refused is subscribed again."""
+    bad = {f"t{number}": ["bad", "bad"] for number in range(9)}
+    client = node(server, bad | {"news": [make_token(jti=str(n)) for n in range(9)]})
+    refused = set()
+    while len(refused) < 9:
+        status = client.said("status")
+        refused |= {status["topic"]} if status["state"] == "refused" else set()
     wait_for(lambda: "news" in server.daemon.hub.topics)
     server.publish()
     assert client.said("message", "news") == "hello"
@@ -3694,8 +3707,9 @@ def test_readme_has_every_setting_and_command():
         default = field.metadata["default"]
         assert rows.pop(name.upper()) == (f"`{default}`" if default else "")
     assert not rows
-    for command in ("dev", "keygen", "token", "check"):
-        assert f"notiflux.py {command}" in readme and f"notiflux.py {command}" in notiflux.__doc__
+    listed = notiflux._parser().format_help()
+    for command in ("dev", "keygen", "token", "check", "publish", "subscribe"):
+        assert f"notiflux.py {command}" in readme and re.search(rf"\n    {command}\b", listed)
 
 
 def test_readmes_test_command_is_what_ci_runs():
