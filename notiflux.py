@@ -1106,7 +1106,7 @@ def _date(now_s: int) -> str:
 class HTTPConnection(asyncio.Protocol):
     """One client's connection, from its first byte until it closes or turns into a subscriber."""
 
-    def __init__(self, shared: Shared, router: Router, websocket: Callable[..., Any]) -> None:
+    def __init__(self, shared: Shared, router: Any, websocket: Callable[..., Any]) -> None:
         self._shared = shared
         self._router = router
         # per connection
