@@ -694,7 +694,7 @@ class BaseSubscriber(asyncio.Protocol):
 
     def tick(self, now: float) -> None:
         """Look at what is due by the loop's clock: a ping, or a subscription's end."""
-        if ended := [topic for topic, end in self._expiring.items() if end <= time.time()]:
+        if self._expiring and (ended := [t for t, s in self._expiring.items() if s <= time.time()]):
             self.end(ended)
         if now >= self._beat_at and self._abort is None:
             self._beat_at = now + self._settings.ping_interval
@@ -1199,6 +1199,7 @@ class HTTPConnection(asyncio.Protocol):
             websocket.data_received(f"{HANDSHAKE}{key}{offer}\r\n".encode())
         elif isinstance(response, EventStream):
             self.transport.set_write_buffer_limits(self._shared.settings.max_buffer_bytes)
+            response.head.headers["Connection"] = "close"
             self._write(request, response.head, False)
             self._hand_over(response)
         else:
@@ -1417,7 +1418,6 @@ STREAM = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-store",
     "X-Accel-Buffering": "no",  # or nginx would gather events before it sends them on
-    "Connection": "close",
 }
 WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64: RFC 6455 section 4.1
 

@@ -1821,7 +1821,7 @@ def test_an_event_stream_tells_what_is_broadcast(start):
         assert head.startswith("HTTP/1.1 200 OK\r\n") and "Content-Length" not in head
         for line in ("Content-Type: text/event-stream", "Cache-Control: no-store"):
             assert f"\r\n{line}\r\n" in head
-        assert "\r\nX-Accel-Buffering: no\r\n" in head
+        assert "\r\nX-Accel-Buffering: no\r\n" in head and "\r\nConnection: close\r\n" in head
         event_id, name, data = next(events)
         about = {"topics": ["a", "b"], "id": event_id, "replayed": 0}
         assert (name, data) == ("subscribed", {"event": "subscribed"} | about)
@@ -1830,6 +1830,17 @@ def test_an_event_stream_tells_what_is_broadcast(start):
         assert messages(events, 2) == sent
         assert next(events) == "comment"
     server.check_empty()
+
+
+def test_head_of_an_event_stream_is_its_head_alone(server):
+    """HEAD /sse answers as GET would begin, checks the token, and leaves the connection open."""
+    bearer = f"Authorization: Bearer {make_token(topics=['a'])}"
+    head, refused, health = server.ask(
+        get("/sse?topic=a", bearer, method="HEAD") + get("/sse?topic=a", method="HEAD") + get(),
+        methods=["HEAD", "HEAD", "GET"],
+    )
+    assert (head.status, refused.status, health.status) == (200, 401, 200)
+    assert head.headers["content-type"] == "text/event-stream" and "connection" not in head.headers
 
 
 def test_last_event_id_resumes_all_topics(start):
