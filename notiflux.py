@@ -1190,7 +1190,8 @@ class HTTPConnection(asyncio.Protocol):
         response = self._router.process_request(self, request)
         if response is None:  # a WebSocket
             refuse_if(not self._reader.empty, 400, "bytes behind a handshake without an answer yet")
-            json_mode = SUBPROTOCOL in request.tokens("sec-websocket-protocol")
+            offers = ",".join(request.headers["sec-websocket-protocol"])
+            json_mode = SUBPROTOCOL in re.split("[, \t]+", offers)  # case matters
             websocket = self._make_websocket(json_mode=json_mode)
             self._hand_over(websocket)
             # What was checked, and nothing else that a client may have put around it.
@@ -1740,7 +1741,6 @@ class Daemon:
 
 WELCOME = """\
 notiflux {version}, with a throwaway key: FOR TRYING IT OUT, NOT FOR PRODUCTION. Ctrl-C stops it.
-
 In a browser:
    {url}/#topic=news&subscribe={subscribe}&broadcast={broadcast}
 In two more terminals:

@@ -1379,6 +1379,8 @@ def test_a_message_is_never_taken_for_an_event(server):
         ("notiflux.v1", True),
         ("chat, notiflux.v1", True),
         ("chat,notiflux.v1 ", True),
+        ("chat,\tnotiflux.v1", True),
+        ("NOTIFLUX.V1", False),
         ("chat", False),
     ],
 )
