@@ -39,7 +39,6 @@ import itertools
 import json
 import logging
 import math
-import operator
 import os
 import random
 import re
@@ -146,10 +145,10 @@ class Refusal(Exception):
         log.info('refused peer=%s op=%s why=%s detail="%s"', peer, operation, self.code, self)
 
 
-def refuse_if(condition: object, status: int, detail: str, code: str = "", **headers: str) -> None:
+def refuse_if(condition: object, status: int, detail: str, code: str = "") -> None:
     """Raise that Refusal if `condition` holds."""
     if condition:
-        raise Refusal(status, detail, code, **headers)
+        raise Refusal(status, detail, code)
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -190,11 +189,11 @@ def parse_json(data: bytes) -> Any:
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
-        level = [value]
-        for _ in range(JSON_DEPTH_MAX):  # level by level, since recursion has its own limit
-            inner = (i.values() if type(i) is dict else i for i in level if type(i) in (dict, list))
-            level = list(itertools.chain.from_iterable(inner))
-        if any(type(item) in (dict, list) for item in level):
+        level: list[Any] = [[value]]
+        for _ in range(JSON_DEPTH_MAX + 1):  # level by level, since recursion has its own limit
+            inner = (each.values() if type(each) is dict else each for each in level)
+            level = [i for i in itertools.chain.from_iterable(inner) if type(i) in (dict, list)]
+        if level:
             raise ValueError("nested too deeply")
     if SURROGATE_ESCAPE.search(text):
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
@@ -355,7 +354,7 @@ def parse_claims(payload: Any) -> Claims:
         **dict.fromkeys(("topics", "topic_prefixes"), is_texts),
         **dict.fromkeys(("exp", "nbf", "expire_at"), lambda v: type(v) is int and 0 <= v <= 2**53),
     }
-    required = {"sub", "scope", "exp", "topics" if "topic_prefixes" not in payload else "sub"}
+    required = {"sub", "scope", "exp"} | ({"topics"} if "topic_prefixes" not in payload else set())
     for name, good in checks.items():
         wrong = not good(payload[name]) if name in payload else name in required
         refuse_if(wrong, 401, f"the token's claim {name} is missing or wrong")
@@ -448,8 +447,6 @@ class Message:
     """One message on one topic. Its frames are made where they are needed, and not held."""
 
     id: str  # <epoch>-<seq>
-    seq: int
-    previous: int  # seq of the one before on this topic, or a later one where that is not known
     topic: str
     payload: bytes  # what plain mode delivers
     is_text: bool  # a string was broadcast, no other JSON value
@@ -477,9 +474,6 @@ class Message:
         return event_lines("message", f'{{"event":"message",{self.members}}}', self.id)
 
 
-BY_SEQ = operator.attrgetter("seq")
-
-
 class History:
     """Numbers the messages, and holds the last ones of each topic for those who come back.
 
@@ -492,8 +486,9 @@ class History:
         self._epoch = secrets.token_hex(4)
         self._seq = 0
         self._held: OrderedDict[int, Message] = OrderedDict()  # by seq
-        self._topics: dict[str, list[Message]] = {}  # the same, none of the lists empty
-        self._forgotten = 0  # the newest seq of those topics of which nothing is held any more
+        # A topic's seqs: the newest that is not held any more, then those that are, at least one.
+        self._topics: dict[str, list[int]] = {}
+        self._forgotten = 0  # the newest seq of all topics of which nothing is held any more
         self.bytes_held = 0
 
     @property
@@ -501,41 +496,39 @@ class History:
         """The id of the newest message; where the server is now."""
         return f"{self._epoch}-{self._seq}"
 
-    def add(self, topic: str, value: Any) -> Message:
-        """Return `value` as the next message on `topic`, and hold it within the bounds."""
+    def add(self, topic: str, payload: bytes, is_text: bool = True) -> Message:
+        """Return `payload` as the next message on `topic`, and hold it within the bounds."""
         self._seq += 1
-        held, is_text = self._topics.setdefault(topic, []), isinstance(value, str)
-        payload = (value if is_text else dump_json(value)).encode()
-        previous = held[-1].seq if held else self._forgotten
         size = MESSAGE_OVERHEAD + sys.getsizeof(payload) + sys.getsizeof(topic)
-        about = (self.position, self._seq, previous, topic, payload, is_text, size)
-        message = Message(*about, time.time_ns() // 10**6, time.monotonic())
-        held.append(message)
+        times = time.time_ns() // 10**6, time.monotonic()
+        message = Message(self.position, topic, payload, is_text, size, *times)
         self._held[self._seq] = message
-        self.bytes_held += message.size
-        if len(held) > self._size:
-            self._forget(held[0])
+        self.bytes_held += size
+        seqs = self._topics.setdefault(topic, [self._forgotten])
+        seqs.append(self._seq)
+        if len(seqs) - 1 > self._size:
+            self._forget(seqs[1])
         while self.bytes_held > self._bytes_max:
-            self._forget(next(iter(self._held.values())))
+            self._forget(next(iter(self._held)))
         self.expire(message.added_s, at_most=2)  # so that it shrinks faster than it grows
         return message
 
     def expire(self, now_s: float, at_most: int) -> None:
         """Forget what is too old by the monotonic clock, up to `at_most` messages."""
-        for message in list(itertools.islice(self._held.values(), at_most)):
+        for seq, message in list(itertools.islice(self._held.items(), at_most)):
             if now_s - message.added_s < self._seconds:
                 break
-            self._forget(message)
+            self._forget(seq)
 
-    def _forget(self, message: Message) -> None:
-        """Hold `message` no more, which is its topic's oldest."""
-        del self._held[message.seq]
+    def _forget(self, seq: int) -> None:
+        """Hold that message no more, which is its topic's oldest."""
+        message = self._held.pop(seq)
         self.bytes_held -= message.size
-        held = self._topics[message.topic]
-        del held[0]
-        if not held:
+        seqs = self._topics[message.topic]
+        del seqs[0]  # which puts this one into its place
+        if len(seqs) == 1:
             del self._topics[message.topic]
-            self._forgotten = max(self._forgotten, message.seq)
+            self._forgotten = max(self._forgotten, seq)
         if not self._topics:  # what is deleted from them does not shrink the tables
             self._topics, self._held = {}, OrderedDict()
 
@@ -544,15 +537,15 @@ class History:
 
         `since` is an id, "all" (as is an id never given), or "latest": the newest of each topic.
         """
-        lists = [self._topics.get(topic, []) for topic in topics]
-        if since == "latest":
-            return sorted((held[-1] for held in lists if held), key=BY_SEQ), False
         epoch, _, number = since.partition("-")
         known = epoch == self._epoch and int(number) <= self._seq
         after = int(number) if known else -1
-        newer = [held[bisect.bisect(held, after, key=BY_SEQ) :] for held in lists]
-        complete = all(after >= (held[0].previous if held else self._forgotten) for held in lists)
-        return sorted(itertools.chain(*newer), key=BY_SEQ), known and complete
+        lists = [self._topics.get(topic, [self._forgotten]) for topic in topics]
+        newer = [seqs[bisect.bisect(seqs, after, lo=1) :] for seqs in lists]
+        if since == "latest":
+            newer = [seqs[-1:] for seqs in newer]
+        messages = [self._held[seq] for seq in sorted(itertools.chain(*newer))]
+        return messages, known and all(after >= seqs[0] for seqs in lists)
 
 
 # --- Hub: who listens to which topic. No I/O, no await. ---
@@ -584,9 +577,10 @@ class Hub:
 
     def broadcast(self, topics: Sequence[str], value: Any) -> tuple[str, int]:
         """Queue `value` on each topic; return the last message's id, and to how many in all."""
-        delivered = 0
+        delivered, is_text = 0, isinstance(value, str)
+        payload = (value if is_text else dump_json(value)).encode()
         for topic in topics:
-            message = self.history.add(topic, value)
+            message = self.history.add(topic, payload, is_text)
             frames: dict[Any, bytes] = {}  # by what made them, each once
             # A copy, since a subscriber that proves too slow leaves while it is delivered to.
             for subscriber in tuple(self.topics.get(topic, ())):
@@ -654,9 +648,10 @@ class BaseSubscriber(asyncio.Protocol):
         self._beat_at = self._loop.time() + shared.settings.ping_interval
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
         super().connection_made(transport)
+        self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
         self.peer = address(transport.get_extra_info("peername"))
         self._shared.connections.add(self)
 
@@ -703,6 +698,7 @@ class BaseSubscriber(asyncio.Protocol):
     def _follow(self, topics: Sequence[str], claims: Claims, since: str, /, **about: Any) -> None:
         """Subscribe, and replay what came after `since`: one stream with what comes live."""
         messages, recovered = self._hub.history.since(topics, since) if since else ([], False)
+        self._forget(topics if since else ())  # another replay of them is not wanted any more
         for topic in topics:
             self._hub.subscribe(self, topic)
             self._expiring.pop(topic, None)
@@ -733,10 +729,13 @@ class BaseSubscriber(asyncio.Protocol):
             self._replay = None
             self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
 
-    def _forget(self, topics: Iterable[str]) -> None:
+    def _forget(self, topics: Sequence[str]) -> None:
         for topic in topics:
             self._hub.unsubscribe(self, topic)
             self._expiring.pop(topic, None)
+        if self._replay is not None:
+            waits = (m for m in self._replay if isinstance(m, bytes) or m.topic not in topics)
+            self._replay = deque(waits)
 
     def _drop(self) -> None:
         """Give up a subscriber that is too slow; it may come back and resume."""
@@ -763,14 +762,15 @@ class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnec
         BaseSubscriber.__init__(self, shared, encode)
         websockets.asyncio.server.ServerConnection.__init__(self, *arguments, **options)
         self.protocol.available_subprotocols = [SUBPROTOCOL] if json_mode else None
-        self._json_mode = json_mode
         self._refused = 0
         self._unanswered = 0  # pings
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: Any) -> None:
         # What a client sends ahead of the 101 would be answered ahead of it, too.
-        cast(asyncio.Transport, transport).pause_reading()
+        transport.pause_reading()
         super().connection_made(transport)
+        # Or the library reads on once it has obeyed what it had (15.0 to 17.4): endless pongs.
+        self.recv_messages.resume = lambda: self._paused or transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
@@ -782,13 +782,12 @@ class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnec
         if self.state is State.OPEN:
             # The library's own close would wait for a peer that takes nothing (15.0 to 17.4).
             self.protocol.send_close(code, reason)
-            for data in self.protocol.data_to_send():
-                self.transport.write(data)
+            self.transport.write(b"".join(self.protocol.data_to_send()))
         self._retire()
 
     def tell(self, event: str, plain: str = "", **members: Any) -> None:
-        if self._json_mode or plain:
-            text = dump_json({"event": event, **members}) if self._json_mode else plain
+        if self.subprotocol or plain:
+            text = dump_json({"event": event, **members}) if self.subprotocol else plain
             self.deliver(text_frame(text.encode()))
 
     def tick(self, now: float) -> None:
@@ -803,7 +802,7 @@ class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnec
             log.info("dropped peer=%s why=silent topics=%d", self.peer, len(self.topics))
             self.transport.abort()
             return
-        self._unanswered += 1
+        self._unanswered += not self._paused  # or its pongs are not read
         self.transport.write(PING_FRAME)
         self.tell("keepalive")
 
@@ -877,7 +876,7 @@ class EventStream(BaseSubscriber):
         self.head = head
         self._start = functools.partial(self._follow, topics, *how, topics=topics)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._start()
 
@@ -894,6 +893,7 @@ class EventStream(BaseSubscriber):
         self.deliver(b":\n\n")
 
     def end(self, topics: list[str]) -> None:
+        self._replay = None
         self.tell("unsubscribed", topics=topics, error="token_expired")
         self.dismiss(1000, "token_expired")
 
@@ -906,8 +906,7 @@ REQUEST_LINE = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) "
     # RFC 3986's characters, no control characters behind a %, no fragment; RFC 9112 section 3.2
     rb"(?:[hH][tT][tT][pP][sS]?://([0-9A-Za-z.:\[\]_-]+))?"
-    rb"(\*|(?:/(?:[0-9A-Za-z._~!$&'()*+,;=:@/-]|%(?:[2-689A-Fa-f][0-9A-Fa-f]|7[0-9A-Ea-e]))*"
-    rb"(?:\?(?:[0-9A-Za-z._~!$&'()*+,;=:@/?-]|%(?:[2-689A-Fa-f][0-9A-Fa-f]|7[0-9A-Ea-e]))*)?)?)"
+    rb"(\*|(?:/(?:[0-9A-Za-z._~!$&'()*+,;=:@/?-]|%(?:[2-689A-Fa-f][0-9A-Fa-f]|7[0-9A-Ea-e]))*)?)"
     rb" HTTP/([0-9])\.([0-9])"
 )
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
@@ -935,9 +934,8 @@ class Request:
         """Return a list-valued header's members, lower case. Raises Refusal where it is none."""
         if name not in self.headers:
             return []
-        members = ",".join(self.headers[name]).lower().split(",")
-        members = [member.strip(" \t") for member in members]
-        members = [member for member in members if member]  # RFC 9110 section 5.6.1
+        parts = ",".join(self.headers[name]).lower().split(",")
+        members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
         refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
         return members
 
@@ -954,8 +952,7 @@ class Response:
 def _parse_headers(lines: Iterable[bytes]) -> defaultdict[str, list[str]]:
     headers = defaultdict(list)
     for line in lines:
-        match = HEADER_LINE.fullmatch(line)
-        if not match:
+        if not (match := HEADER_LINE.fullmatch(line)):
             raise Refusal(400, "a malformed header")
         value = match[2].strip(b" \t").decode("latin-1")
         headers[match[1].decode().lower()].append(value)
@@ -977,8 +974,7 @@ def _parse_head(head: bytes) -> tuple[str, str, tuple[int, int], defaultdict[str
     lines = _split(head)
     if not lines[0]:  # one empty line is tolerated: RFC 9112 section 2.2
         del lines[0]
-    match = REQUEST_LINE.fullmatch(lines[0]) if lines else None
-    if not match:
+    if not lines or not (match := REQUEST_LINE.fullmatch(lines[0])):
         raise Refusal(400, "a malformed request line")
     method, authority, target, major, minor = (part.decode() for part in match.groups(b""))
     elsewhere = authority and (target == "*" or not HOST.fullmatch(authority))
@@ -996,9 +992,8 @@ def _body_length(request: Request, most: int) -> int | None:
     """Return the body's length, None for chunked (RFC 9112 section 6). Raises Refusal."""
     codings, lengths = request.headers["transfer-encoding"], request.headers["content-length"]
     if codings:
-        refuse_if(
-            lengths or len(codings) > 1 or request.version == (1, 0), 400, "a length in doubt"
-        )
+        doubtful = lengths or len(codings) > 1 or request.version == (1, 0)
+        refuse_if(doubtful, 400, "a length in doubt")
         if codings[0].lower() != "chunked":  # exactly, since others may read a list otherwise
             known = all(MEMBER.fullmatch(member.strip(" ")) for member in codings[0].split(","))
             raise Refusal(501 if known else 400, "a transfer coding other than chunked")
@@ -1084,8 +1079,7 @@ class RequestReader:
             while (end := self._buffer.find(b"\r\n", 0, CHUNK_LINE_MAX)) < 0:
                 refuse_if(len(self._buffer) >= CHUNK_LINE_MAX, 400, "a malformed chunk")
                 yield
-            match = CHUNK_LINE.fullmatch(self._buffer[:end])
-            if not match:
+            if not (match := CHUNK_LINE.fullmatch(self._buffer[:end])):
                 raise Refusal(400, "a malformed chunk")
             size = int(match[1], 16)
             refuse_if(len(body) + size > self._body_max, 413, TOO_LARGE)
@@ -1106,11 +1100,11 @@ def _date(now_s: int) -> str:
 class HTTPConnection(asyncio.Protocol):
     """One client's connection, from its first byte until it closes or turns into a subscriber."""
 
-    def __init__(self, shared: Shared, router: Any, websocket: Callable[..., Any]) -> None:
+    def __init__(self, shared: Shared, router: Any, *arguments: Any, **options: Any) -> None:
         self._shared = shared
         self._router = router
         # per connection
-        self._make_websocket = websocket
+        self._make_websocket = functools.partial(WebSocketSubscriber, shared, *arguments, **options)
         self._reader = RequestReader(shared.settings.max_message_bytes)
         self.transport: asyncio.Transport
         self._paused = False  # by the transport, until the client has taken what is unsent
@@ -1120,8 +1114,8 @@ class HTTPConnection(asyncio.Protocol):
         self._state: tuple[str, object, int] = ("", None, 0)  # what it does, and how far it is
         self._deadline = 0.0  # for that, by the loop's clock
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
         self.peer = address(transport.get_extra_info("peername"))
         # An attribute of asyncio's socket transports (3.11 to 3.13); elsewhere it does nothing.
         self.transport.max_size = READ_MAX  # type: ignore[attr-defined]
@@ -1158,7 +1152,8 @@ class HTTPConnection(asyncio.Protocol):
         doing = "write" if unsent else "linger" if self._closing else self._reader.stage
         state = doing, self._reader.request, unsent
         if state != self._state:
-            self._state, self._deadline = state, now + TIMEOUTS_S[doing]
+            new = doing == "idle" and self._reader.request is None  # which has to say something
+            self._state, self._deadline = state, now + TIMEOUTS_S["head" if new else doing]
         if doing == "idle" and (now >= self._deadline or self._router.stopping):
             self._close()
         elif now >= self._deadline and doing in ("write", "linger"):
@@ -1172,19 +1167,24 @@ class HTTPConnection(asyncio.Protocol):
             while not self._closing and not self._paused:
                 if request := self._reader.next_request():
                     self._answer(request)
-                    continue
-                refuse_if(self._ended and not self._reader.empty, 400, "the request ended early")
-                if self._ended:
-                    return self._close()
-                self.transport.resume_reading()
-                if self._reader.wants_continue:
-                    self._reader.wants_continue = False
-                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                return None
+                    if not (self._closing or self._reader.empty):  # others have their turn first
+                        self.transport.pause_reading()
+                        asyncio.get_running_loop().call_soon(self._advance)
+                        break
+                elif self._ended:
+                    refuse_if(not self._reader.empty, 400, "the request ended early")
+                    self._close()
+                else:
+                    self.transport.resume_reading()
+                    if self._reader.wants_continue:
+                        self._reader.wants_continue = False
+                        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    break
         except Refusal as refusal:
             self._refuse(refusal)
 
     def _answer(self, request: Request) -> None:
+        self._state = "", None, 0  # the next head is another one
         # May refuse, so before anything happens. RFC 9112 section 9.3.
         last = "close" in request.tokens("connection") or request.version == (1, 0)
         response = self._router.process_request(self, request)
@@ -1199,7 +1199,6 @@ class HTTPConnection(asyncio.Protocol):
             key = f"Sec-WebSocket-Key: {request.headers['sec-websocket-key'][0]}\r\n"
             websocket.data_received(f"{HANDSHAKE}{key}{offer}\r\n".encode())
         elif isinstance(response, EventStream):
-            self.transport.set_write_buffer_limits(self._shared.settings.max_buffer_bytes)
             response.head.headers["Connection"] = "close"
             self._write(request, response.head, False)
             self._hand_over(response)
@@ -1399,7 +1398,6 @@ CONSOLE = r"""<!doctype html>
 </script>
 """
 
-
 INLINE = re.findall(r"<(?:style|script)[^>]*>(.*?)</", CONSOLE, re.DOTALL)
 STYLE, SCRIPT = (base64.b64encode(hashlib.sha256(p.encode()).digest()).decode() for p in INLINE)
 POLICY = (
@@ -1553,7 +1551,7 @@ class Router:
         known = len(sinces) <= 1 and len(topics) + len(sinces) == len(pairs)
         refuse_if(not known, 400, "a query has topics, and one since at most; no token")
         topics = check_topics(topics, self._shared.settings.max_topics)
-        since = (request.headers["last-event-id"] or sinces or [""])[0]
+        since = ([v for v in request.headers["last-event-id"] if v] or sinces or [""])[0]
         refuse_if(since and not SINCE.fullmatch(since), 400, BAD_SINCE)
         return topics, self._authorize(request, {}, "subscribe", topics), since
 
@@ -1626,12 +1624,11 @@ class Daemon:
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64
         if (settings.max_connections or 1) > allowed:
             raise SettingsError(f"MAX_CONNECTIONS: expected at most {allowed}, as open files allow")
-        self.settings = settings
+        self.settings = replace(settings, max_connections=settings.max_connections or allowed)
         self.connections: set[HTTPConnection | WebSocketSubscriber | EventStream] = set()
         bounds = settings.history_size, settings.history_seconds, settings.history_bytes
         self.hub = Hub(History(*bounds))
-        settings = replace(settings, max_connections=settings.max_connections or allowed)
-        self._shared = Shared(settings, verifier, self.hub, self.connections)
+        self._shared = Shared(self.settings, verifier, self.hub, self.connections)
         self._router = Router(self._shared)
         self._tls = _tls_context(settings)
         self._stop = asyncio.Event()
@@ -1687,10 +1684,7 @@ class Daemon:
             if error not in (errno.ECONNREFUSED, errno.ENOENT):
                 raise OSError(error, os.strerror(error))
 
-        def connection(*arguments: Any, **options: Any) -> Any:
-            maker = functools.partial(WebSocketSubscriber, self._shared, *arguments, **options)
-            return HTTPConnection(self._shared, self._router, maker)
-
+        connection = functools.partial(HTTPConnection, self._shared, self._router)
         return await websockets.asyncio.server.serve(
             WebSocketSubscriber.run,  # type: ignore[arg-type]
             **where,
@@ -1701,7 +1695,6 @@ class Daemon:
             max_size=COMMAND_MAX,
             ping_interval=None,  # _sweep pings everybody, without a task for each
             close_timeout=CLOSE_TIMEOUT_S,
-            write_limit=settings.max_buffer_bytes,
             ssl=self._tls,
             backlog=ACCEPT_MAX,
         )
@@ -1709,7 +1702,7 @@ class Daemon:
     def _sweep(self) -> None:
         """Look at every connection's deadlines, again and again."""
         loop = asyncio.get_running_loop()
-        if not self._stop.is_set():  # then _drain looks
+        if not self._stop.is_set():  # then _drain calls it
             loop.call_later(min(SWEEP_S, self.settings.ping_interval / 4), self._sweep)
         for connection in tuple(self.connections):
             connection.tick(loop.time())
@@ -1726,8 +1719,7 @@ class Daemon:
                 connection.dismiss(1012, "the server restarts: reconnect after a random pause")
         while self.connections and loop.time() < deadline:
             await asyncio.sleep(0.02)
-            for connection in tuple(self.connections):
-                connection.tick(loop.time())
+            self._sweep()
         log.info("stopped connections_cut=%d", len(self.connections))
         # Not wait_closed(): from Python 3.12 on it waits for TLS handshakes, which nothing can cut.
         self._cut()
@@ -1784,8 +1776,7 @@ def _client_token(options: argparse.Namespace, scope: str, topics: list[str]) ->
 
 
 def _duration(text: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
-    if not match:
+    if not (match := re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)):
         raise argparse.ArgumentTypeError("expected a number and s, m, h or d, such as 60s")
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
@@ -1885,12 +1876,14 @@ def publish_command(options: argparse.Namespace) -> None:
         body = json.dumps({"topic": options.topic, "message": message, "token": token}).encode()
         with urllib.request.urlopen(f"{options.url}/broadcast", body, timeout=30) as response:
             answer = json.load(response)
+            print(answer["id"], answer["delivered"])
     except urllib.error.HTTPError as exc:
-        said = printable(exc.read(1000).decode(errors="replace").strip(), 1000)
+        said = ""
+        with contextlib.suppress(OSError, http.client.HTTPException):  # a proxy's, cut off
+            said = printable(exc.read(1000).decode(errors="replace").strip(), 1000)
         raise CommandError(f"not broadcast: {exc.code} {said}") from exc
-    except (OSError, ValueError, http.client.HTTPException) as exc:
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as exc:
         raise CommandError(f"no answer, so it may or may not have happened: {exc}") from exc
-    print(answer["id"], answer["delivered"])
 
 
 def _print_event(event: Any, positions: dict[str, str], as_json: bool) -> Iterable[str]:
@@ -1909,6 +1902,7 @@ def _print_event(event: Any, positions: dict[str, str], as_json: bool) -> Iterab
 
 
 async def _print_messages(options: argparse.Namespace) -> None:
+    "".join(options.topic).encode()  # or what cannot be sent would be tried for ever
     positions = dict.fromkeys(options.topic, options.since)
 
     def failed(exc: Exception) -> Exception | None:
@@ -1970,7 +1964,9 @@ def _parser() -> argparse.ArgumentParser:
     subscribe("--json", action="store_true", help="one JSON object a line")
     url = os.environ.get("NOTIFLUX_URL") or "http://127.0.0.1:8080"
     for client in (publish, subscribe):
-        client("--url", default=url, type=lambda u: u.rstrip("/"), help=f"of the daemon ({url})")
+        client(
+            "--url", default=url, type=lambda u: u.rstrip("/"), help="of the daemon (%(default)s)"
+        )
         client("--token", help="one to use (NOTIFLUX_TOKEN)")
         client("--key", help="private.pem, to make tokens with (NOTIFLUX_KEY_FILE)")
     for each in (parser, *commands.choices.values()):

@@ -933,7 +933,7 @@ class Forgetless:
         found, recovered = history.since(topics, since)
         epoch = history.position.partition("-")[0]
         mine = [m for m in self.sent if m[0] == epoch and m[2] in topics]
-        held = [(m.id.partition("-")[0], m.seq, m.topic) for m in found]
+        held = [(m.id.partition("-")[0], int(m.id.partition("-")[2]), m.topic) for m in found]
         if since == "latest":
             assert not recovered and len(held) == len({topic for _, _, topic in held})
         elif since == "all":
@@ -979,7 +979,7 @@ def test_recovered_is_never_true_when_something_is_missing(seed, clock):
                     history = notiflux.History(size, seconds, most)
                 case 2 | 3 | 4:
                     topic = chance.choice(topics)
-                    message = history.add(topic, "x" * chance.choice([0, 10, 900]))
+                    message = history.add(topic, b"x" * chance.choice([0, 10, 900]))
                     epoch, _, seq = message.id.partition("-")
                     model.sent.append((epoch, int(seq), topic))
                 case 5:
@@ -997,20 +997,22 @@ def test_recovered_is_never_true_when_something_is_missing(seed, clock):
 
 def check_history(history, size, most):
     """Fail unless the tables of a history agree with each other and keep to their bounds."""
-    held = [message for messages in history._topics.values() for message in messages]
-    assert sorted(held, key=lambda m: m.seq) == list(history._held.values())
-    assert all(messages for messages in history._topics.values())
-    assert all(len(messages) <= size for messages in history._topics.values())
+    held = list(history._held.values())
+    assert sorted(seq for seqs in history._topics.values() for seq in seqs[1:]) == list(
+        history._held
+    )
+    assert all(1 < len(seqs) <= size + 1 for seqs in history._topics.values())
+    assert all(history._held[s].topic == t for t, seqs in history._topics.items() for s in seqs[1:])
     assert history.bytes_held == sum(message.size for message in held) <= most
 
 
 def test_the_oldest_of_all_topics_go_first(clock):
     """HISTORY_BYTES counts what is held of all topics; the oldest message goes, whichever its topic."""
-    history = notiflux.History(100, 600, 5 * notiflux.History(1, 1, 1).add("a", "x" * 100).size)
+    history = notiflux.History(100, 600, 5 * notiflux.History(1, 1, 1).add("a", b"x" * 100).size)
     for topic in "abcabcabc":
-        history.add(topic, "x" * 100)
-    assert [m.seq for m in history.since("abc", "all")[0]] == [5, 6, 7, 8, 9]
-    history.add("d", "x" * 10**6)  # larger than all of it
+        history.add(topic, b"x" * 100)
+    assert [int(m.id.partition("-")[2]) for m in history.since("abc", "all")[0]] == [5, 6, 7, 8, 9]
+    history.add("d", b"x" * 10**6)  # larger than all of it
     assert not history._held and history.bytes_held == 0
 
 
@@ -1026,7 +1028,7 @@ def test_history_holds_no_more_than_it_says(topics, text):
     tracemalloc.start()
     try:
         for number in range(20_000):
-            history.add("%08d" % (number % topics), f"{text}{number}")
+            history.add("%08d" % (number % topics), f"{text}{number}".encode())
             if number == 2000 and topics == 10:
                 break
         gc.collect()
@@ -1735,6 +1737,27 @@ def wait_for_one(topics):
     return next(iter(topics["news"]))
 
 
+def test_a_flood_in_a_replay_is_not_read(start):
+    """I5: one that reads nothing of a replay, but sends commands and pings, makes no pongs."""
+    server = start(MAX_BUFFER_BYTES="1000000", MAX_MESSAGE_BYTES="1000000")
+    for _ in range(30):
+        server.publish(message="x" * 900_000)
+    with server.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(handshake())
+        read_head(client)
+        command = client_frame(f"/subscribe news {make_token()} all")
+        client.sendall(command * 5 + client_frame("") * 60)
+        connection = wait_for_one(server.daemon.hub.topics)
+        client.settimeout(0.2)
+        flood = (client_frame("") * 20 + client_frame(b"x" * 125, Opcode.PING) * 18) * 20
+        with contextlib.suppress(TimeoutError, OSError):
+            for _ in range(400):
+                client.sendall(flood)
+        assert connection.transport.get_write_buffer_size() < 2_000_000
+        assert connection._replay is None or len(connection._replay) <= 30
+
+
 def test_one_that_stops_in_a_replay_is_dropped_when_it_is_behind(start, lines):
     """What waits behind a replay has the bound MAX_BUFFER_BYTES; then the subscriber is dropped."""
     server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
@@ -1843,6 +1866,20 @@ def test_head_of_an_event_stream_is_its_head_alone(server):
     )
     assert (head.status, refused.status, health.status) == (200, 401, 200)
     assert head.headers["content-type"] == "text/event-stream" and "connection" not in head.headers
+
+
+def test_the_end_of_a_stream_is_told_in_a_replay(start):
+    """expire_at in the middle of a large replay ends the stream with its word all the same."""
+    server = start(PING_INTERVAL="0.2", MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    token = make_token(scope="broadcast", topics=["a"])
+    for _ in range(90):
+        server.publish(topic="a", message="x" * 90_000, token=token)
+    soon = make_token(topics=["a"], expire_at=int(time.time()) + 1)
+    with stream(server, "topic=a&since=all", token=soon) as (_, events, _):
+        (stuck,) = server.daemon.connections
+        wait_for(lambda: stuck not in server.daemon.hub.topics.get("a", ()))
+        *_, (_, name, data) = (item for item in events if item != "comment")
+    assert (name, data["error"]) == ("unsubscribed", "token_expired")
 
 
 def test_last_event_id_resumes_all_topics(start):
@@ -2556,6 +2593,41 @@ def test_pipelined_requests_are_all_answered_by_a_slow_reader(server):
         sender.join(WAIT_S)
     assert received.count(b"HTTP/1.1 200 OK\r\n") == 5000
     assert received.endswith(b'{"status": "ok"}\n')
+
+
+def test_a_pipeline_lets_others_have_their_turn(server):
+    """I6: of many requests that are read at once, one is answered in a turn of the loop."""
+    turns, answered = [], []
+
+    def look():
+        turns.append(len(answered))
+        if len(answered) < 300:
+            server.loop.call_soon(look)
+
+    process = server.daemon._router.process_request
+    server.daemon._router.process_request = lambda *both: (answered.append(1), process(*both))[1]
+    try:
+        with server.connect() as client:
+            server.call(look)
+            client.sendall(get() * 300)
+            client.shutdown(socket.SHUT_WR)
+            assert len(parse_answers(receive_all(client))) == 300
+    finally:
+        del server.daemon._router.process_request
+    assert max(b - a for a, b in zip(turns, turns[1:], strict=False)) <= 2
+
+
+def test_heads_that_are_begun_again_and_again_are_no_slow_head(start, monkeypatch):
+    """A client whose next head has begun whenever one looks is not one that takes too long."""
+    monkeypatch.setitem(notiflux.TIMEOUTS_S, "head", 0.5)
+    monkeypatch.setattr(notiflux, "SWEEP_S", 0.02)
+    server = start()
+    with server.connect() as client:
+        for _ in range(30):
+            client.sendall(get()[1:] if _ else get())
+            read_head(client)
+            client.sendall(b"G")
+            time.sleep(0.05)  # as such a client would
 
 
 def test_a_reset_in_the_middle_of_a_body_is_no_broadcast(server, lines):
@@ -3306,6 +3378,7 @@ def test_subscribe_resumes_by_itself(start, key_file):
         (["publish", "news"], 2, "the following arguments are required: message"),
         (["subscribe"], 2, "the following arguments are required: topic"),
         (["subscribe", "news", "--key", "missing.pem"], 1, "cannot read missing.pem"),
+        (["subscribe", "\udcff"], 1, "does not answer as notiflux would"),
     ],
 )
 def test_a_client_command_says_what_went_wrong(arguments, code, words, server, key_file):
@@ -3343,7 +3416,7 @@ def node(tmp_path):
         pytest.skip("this Node has no WebSocket")
     (tmp_path / "notiflux.mjs").write_text(notiflux.CLIENT)
     (tmp_path / "run.mjs").write_text(NODE_SCRIPT)
-    processes = []
+    processes, deadlines = [], []
 
     def start_one(server, tokens, since=""):
         about = json.dumps([f"http://127.0.0.1:{server.port}/ws", tokens, since])
@@ -3355,6 +3428,8 @@ def node(tmp_path):
             text=True,
         )
         processes.append(process)
+        deadlines.append(threading.Timer(3 * WAIT_S, process.kill))
+        deadlines[-1].start()
 
         def said(*words):
             for line in process.stdout:
@@ -3373,7 +3448,8 @@ def node(tmp_path):
         return process
 
     yield start_one
-    for process in processes:
+    for process, deadline in zip(processes, deadlines, strict=True):
+        deadline.cancel()
         process.kill()
         process.communicate()
 
@@ -3458,7 +3534,7 @@ def test_the_client_notices_a_dead_line(launch, node):
 def test_a_subscription_is_renewed_when_its_time_is_up(start, node):
     """After token_expired notiflux.js asks for a fresh token and subscribes again."""
     server = start(PING_INTERVAL="0.2")
-    soon = make_token(expire_at=int(time.time()) + 1)
+    soon = make_token(expire_at=int(time.time()) + 4)  # Node takes a while to start
     client = node(server, {"news": [soon, make_token()]})
     client.states("connecting", "open", "subscribed")
     assert client.said("token") == "news"
