@@ -734,7 +734,8 @@ class BaseSubscriber(asyncio.Protocol):
             self._hub.unsubscribe(self, topic)
             self._expiring.pop(topic, None)
         if self._replay is not None:
-            waits = (m for m in self._replay if isinstance(m, bytes) or m.topic not in topics)
+            gone = set(topics)
+            waits = (m for m in self._replay if isinstance(m, bytes) or m.topic not in gone)
             self._replay = deque(waits)
 
     def _drop(self) -> None:
@@ -748,8 +749,8 @@ class BaseSubscriber(asyncio.Protocol):
     def _retire(self) -> asyncio.TimerHandle:
         """Leave every topic, obey nothing more, and see to it that the connection ends."""
         if self._abort is None:
-            self._forget(tuple(self.topics))
             self._replay = None
+            self._forget(tuple(self.topics))
             self._abort = self._loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
         return self._abort
 
