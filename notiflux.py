@@ -6,16 +6,12 @@
 # SPDX-License-Identifier: MIT
 """notiflux: subscribe to topics over a WebSocket, broadcast to them with one HTTP POST.
 
-A message's way: HTTPConnection -> Router.process_request -> TokenVerifier -> Hub.broadcast
--> WebSocketSubscriber.deliver -> its socket. One process, one event loop, no threads, no locks.
-
-A 2xx to a publisher means that the broadcast happened, exactly once; any other answer that it did
-not. A subscriber that does not keep up is dropped, never waited for, and resumes from history when
-it is back. No token, key or message text is ever logged. Nothing is stored for good, and nobody
-can tell whether a message was read. Without a command this runs the daemon.
-
-The rooms, each using only what stands above it: Errors, Settings, Tokens, Messages, Hub,
-Subscribers, HTTP, Browser, Routes, Observation, Daemon, Command line.
+HTTPConnection -> Router.process_request -> TokenVerifier -> Hub.broadcast -> deliver -> a socket.
+One process, one event loop, no threads, no locks. A 2xx means that the broadcast happened, exactly
+once; any other answer that it did not. Nothing is stored for good, no token, key or message text is
+logged. Without a command this runs the daemon. The rooms, each using only what stands above it:
+Errors, Settings, Tokens, Messages, Hub, Subscribers, HTTP, Browser, Routes, Observation, Daemon,
+Command line.
 """
 
 from __future__ import annotations
@@ -30,11 +26,11 @@ import asyncio
 import base64
 import bisect
 import contextlib
-import email.utils
 import errno
 import functools
 import gc
 import hashlib
+import http.client
 import itertools
 import json
 import logging
@@ -43,16 +39,17 @@ import os
 import random
 import re
 import resource
-import secrets
+import select
+import selectors
 import signal
 import socket
 import ssl
 import time
+import urllib.error
 import urllib.parse
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,22 +58,22 @@ INSTALL = "python3 -m venv venv && venv/bin/pip install 'websockets<18' 'PyJWT<3
 try:
     import cryptography.exceptions
     import jwt
-    import websockets.asyncio.client
     import websockets.asyncio.server
     import websockets.version
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
-    from websockets.exceptions import ConnectionClosed, WebSocketException
     from websockets.frames import Frame, Opcode
     from websockets.protocol import State
+    from websockets.server import ServerProtocol
 
     for _name, _floor, _found in (
         ("websockets", (15, 0), websockets.version.version),
         ("PyJWT", (2, 10), jwt.__version__),
         ("cryptography", (43, 0), cryptography.__version__),
     ):
-        if tuple(int(part) for part in re.findall(r"\d+", _found)[:2]) < _floor:
+        if tuple(map(int, re.findall(r"\d+", _found))) < _floor:
             raise ImportError(f"{_name} {_found} is too old")
+    ES256: Any = jwt.get_algorithm_by_name("ES256")
 except (ImportError, ValueError) as exc:  # ValueError: websockets reads variables of its own
     sys.exit(f"notiflux: cannot use a package it needs ({exc}); to install them: {INSTALL}")
 
@@ -87,6 +84,10 @@ TOPIC_MAX = 512  # bytes of a topic in UTF-8
 JSON_DEPTH_MAX = 64
 MESSAGE_OVERHEAD = 700  # bytes it takes to hold a message, beside its text and its topic's
 REPLAY_PIECE = 16 * 1024  # bytes of a replay that may be unsent, or are sent in one turn
+BATCH_MAX = 64 * 1024  # bytes of messages that leave in one write, about
+GROWING_TURNS_MAX = 8  # turns of the loop that a batch may grow in before it leaves
+TURN_BYTES = 8 * 1024 * 1024  # of frames that are written in one turn of the loop, where a
+DELIVERY_BYTES = 4 * 1024  # write counts as so many more: some 20 ms of either
 COMMAND_MAX = 16 * 1024  # bytes of a command: a token, a topic and room to spare
 COMMANDS_REFUSED_MAX = 16
 LINE_MAX = 8 * 1024  # bytes of the request line, and of one header line, without CRLF
@@ -98,9 +99,10 @@ READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy 
 FRAMES_READ_MAX = 4 * 1024  # the same once they are frames: an empty one has 6 bytes
 ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
 LISTEN_QUEUE = 4096  # connections that wait in the kernel
-# In all, however slowly bytes come; while it writes, since the last progress.
-TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5}
+TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5}  # write: no progress
 CLOSE_TIMEOUT_S = 10  # for a subscriber to take its close frame and go
+READY_MAX = 64  # sockets that are looked at in one turn of the loop: some 20 ms
+BEATS_MAX = 500  # subscribers who get a sign of life in one turn of the loop
 SWEEP_S = 1.0  # between two looks at every connection's deadline
 
 log = logging.getLogger("notiflux")
@@ -108,7 +110,7 @@ log = logging.getLogger("notiflux")
 
 # --- Errors: what can go wrong, and how a peer hears of it. ---
 
-PHRASES = {status.value: status.phrase for status in HTTPStatus}  # and, as RFC 9110 has them:
+PHRASES = {status.value: status.phrase for status in http.HTTPStatus}  # and, as RFC 9110 has them:
 PHRASES |= {413: "Content Too Large", 414: "URI Too Long"}
 STATUS_HEADERS = {  # what such an answer always says: RFC 6750 section 3, RFC 6455 section 4.4
     401: {"WWW-Authenticate": "Bearer"},
@@ -118,15 +120,11 @@ STATUS_HEADERS = {  # what such an answer always says: RFC 6750 section 3, RFC 6
 
 
 class CommandError(Exception):
-    """What the user of the command line can mend: one line that says what, and an exit code."""
-
-    exit_code = 1
+    """What the user of the command line can mend, in one line. The exit code is 1."""
 
 
 class SettingsError(CommandError):
-    """A setting or a key that the program cannot start with."""
-
-    exit_code = 78  # EX_CONFIG of sysexits.h
+    """A setting or a key that the program cannot start with: EX_CONFIG of sysexits.h, 78."""
 
 
 class Refusal(Exception):
@@ -134,10 +132,9 @@ class Refusal(Exception):
 
     def __init__(self, status: int, detail: str, code: str = "", **headers: str) -> None:
         super().__init__(detail)
-        self.status = status
+        self.status, self.detail = status, detail
         known = {400: "invalid_request", 401: "invalid_token"}
         self.code = code or known.get(status) or PHRASES[status].lower().replace(" ", "_")
-        self.detail = detail
         self.headers = STATUS_HEADERS.get(status, {}) | headers
 
     def log(self, peer: str, operation: str) -> None:
@@ -145,16 +142,15 @@ class Refusal(Exception):
         log.info('refused peer=%s op=%s why=%s detail="%s"', peer, operation, self.code, self)
 
 
-def refuse_if(condition: object, status: int, detail: str, code: str = "") -> None:
+def refuse_if(condition: object, status: int, detail: str) -> None:
     """Raise that Refusal if `condition` holds."""
     if condition:
-        raise Refusal(status, detail, code)
+        raise Refusal(status, detail)
 
 
 def printable(text: str, limit: int = 200) -> str:
     """Return `text` in printable ASCII, escaped as Python would, cut to `limit` characters."""
-    cut = text if len(text) <= limit else text[:limit] + "..."
-    return cut.encode("unicode_escape").decode()
+    return (text[:limit] + "..." * (len(text) > limit)).encode("unicode_escape").decode()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -175,27 +171,22 @@ JSON_DECODER = json.JSONDecoder(
     parse_int=lambda digits: int(digits) if len(digits) < 300 or _finite(digits) else 0,
     parse_constant=_finite,
 )
+JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes) -> Any:
-    """Return the JSON value in `data` (RFC 8259). Raises ValueError for anything else.
-
-    Also for duplicate names, numbers beyond a double, unpaired surrogates, and more than 64 levels.
-    """
-    text = data.decode()
-    try:
-        value = JSON_DECODER.decode(text)
-    except RecursionError as exc:
-        raise ValueError("nested too deeply") from exc
+    """Return the JSON value in `data` (RFC 8259, and no doubtful one). Raises ValueError."""
+    text = data.decode().strip(" \t\n\r")
     if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
-        level: list[Any] = [[value]]
-        for _ in range(JSON_DEPTH_MAX + 1):  # level by level, since recursion has its own limit
-            inner = (each.values() if type(each) is dict else each for each in level)
-            level = [i for i in itertools.chain.from_iterable(inner) if type(i) in (dict, list)]
-        if level:
+        brackets = re.findall(r"[][{}]", JSON_STRING.sub("", text))
+        levels = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+        if max(levels, default=0) > JSON_DEPTH_MAX:
             raise ValueError("nested too deeply")
-    if SURROGATE_ESCAPE.search(text):
+    value, end = JSON_DECODER.raw_decode(text)
+    if end != len(text):
+        raise ValueError("more than one value")
+    if "\\u" in text and SURROGATE_ESCAPE.search(text):
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
 
@@ -207,30 +198,26 @@ dump_json = functools.partial(json.dumps, ensure_ascii=False, separators=(",", "
 # --- Settings: what can be set. One table; parsing, errors and help all come from it. ---
 
 
-def _number(kind: str, pattern: str, low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        if not re.fullmatch(pattern, text) or not low <= float(text) <= high:
-            raise ValueError(f"{kind} from {low} to {high}")
-        return int(text) if text.isdigit() else float(text)
+def _like(pattern: str, expected: str, convert: Callable[[str], Any], *limits: float) -> Any:
+    def parse(text: str) -> Any:
+        good = re.fullmatch(pattern, text.lower())
+        if not good or (limits and not limits[0] <= float(text) <= limits[1]):
+            raise ValueError(expected.format(*limits))
+        return convert(text.lower())
 
     return parse
 
 
-_whole = functools.partial(_number, "a whole number", r"[0-9]{1,18}")
-_seconds = functools.partial(_number, "seconds", r"[0-9]{1,9}(?:\.[0-9]{1,9})?")
-
-
-def _origins(text: str) -> frozenset[str]:
-    origins = frozenset(origin.strip().lower() for origin in text.split(","))
-    if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) for origin in origins):
-        raise ValueError("origins such as https://example.org, separated by commas")
-    return origins
-
-
-def _level(text: str) -> str:
-    if text.lower() not in ("debug", "info", "warning", "error"):
-        raise ValueError("debug, info, warning or error")
-    return text.lower()
+_whole = functools.partial(_like, r"[0-9]{1,18}", "a whole number from {} to {}", int)
+_seconds = functools.partial(
+    _like, r"[0-9]{1,9}(\.[0-9]{1,9})?", "seconds from {} to {}", json.loads
+)
+_level = _like("debug|info|warning|error", "debug, info, warning or error", str)
+ORIGIN = r"\s*[a-z][a-z0-9+.-]*://[^/\s,]+\s*"
+ORIGINS = "origins such as https://example.org, separated by commas"
+_origins = _like(
+    f"{ORIGIN}(,{ORIGIN})*", ORIGINS, lambda t: frozenset(map(str.strip, t.split(",")))
+)
 
 
 def setting(parse: Callable[[str], Any], default: str, meaning: str) -> Any:
@@ -289,10 +276,9 @@ TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 
 def _public_key(label: bytes, pem: bytes) -> PublicKey:
     """Return the P-256 key in one PEM block. Raises ValueError with what it is instead."""
-    if b"PRIVATE KEY" in label:
-        raise ValueError("a private key, which must stay with those who sign tokens")
-    if b"CERTIFICATE" in label:
-        raise ValueError("a certificate")
+    if b"PRIVATE KEY" in label or b"CERTIFICATE" in label:
+        private = "a private key, which must stay with those who sign tokens"
+        raise ValueError(private if b"PRIVATE" in label else "a certificate")
     try:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, cryptography.exceptions.UnsupportedAlgorithm) as exc:
@@ -309,10 +295,9 @@ def load_keys(settings: Settings) -> tuple[PublicKey, ...]:
     """Return the public keys, at least one. Raises SettingsError that says what is wrong."""
     encoded, path = settings.jwt_public_key_b64 or "", settings.jwt_public_key_file or ""
     if bool(encoded) == bool(path):
-        raise SettingsError(
-            "JWT_PUBLIC_KEY_B64, JWT_PUBLIC_KEY_FILE: expected exactly one of them; "
-            "'notiflux.py keygen' makes a key, 'notiflux.py dev' runs without"
-        )
+        how = "'notiflux.py keygen' makes a key, 'notiflux.py dev' runs without"
+        names = "JWT_PUBLIC_KEY_B64, JWT_PUBLIC_KEY_FILE"
+        raise SettingsError(f"{names}: expected exactly one of them; {how}")
     try:
         in_b64 = "".join(encoded.split())
         pem = Path(path).read_bytes() if path else base64.b64decode(in_b64, validate=True)
@@ -341,23 +326,25 @@ class Claims:
 
 def is_texts(value: Any) -> bool:
     """Tell whether a JSON value is a list of strings."""
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return isinstance(value, list) and {*map(type, value)} <= {str}
+
+
+CLAIMS: dict[str, Callable[[Any], bool]] = {  # each claim's type
+    "sub": lambda value: isinstance(value, str),
+    "scope": lambda value: value in ("subscribe", "broadcast"),
+    **dict.fromkeys(("topics", "topic_prefixes"), is_texts),
+    **dict.fromkeys(("exp", "nbf", "expire_at"), lambda v: type(v) is int and 0 <= v <= 2**53),
+}
 
 
 def parse_claims(payload: Any) -> Claims:
     """Return the claims in a token's payload. Raises Refusal for a missing or wrong one."""
     refuse_if(not isinstance(payload, dict), 401, "the token is malformed")
     refuse_if("aud" in payload, 401, "the token is for another audience: it has a claim aud")
-    checks: dict[str, Callable[[Any], bool]] = {
-        "sub": lambda value: isinstance(value, str),
-        "scope": lambda value: value in ("subscribe", "broadcast"),
-        **dict.fromkeys(("topics", "topic_prefixes"), is_texts),
-        **dict.fromkeys(("exp", "nbf", "expire_at"), lambda v: type(v) is int and 0 <= v <= 2**53),
-    }
-    required = {"sub", "scope", "exp"} | ({"topics"} if "topic_prefixes" not in payload else set())
-    for name, good in checks.items():
-        wrong = not good(payload[name]) if name in payload else name in required
-        refuse_if(wrong, 401, f"the token's claim {name} is missing or wrong")
+    needed = "sub", "scope", "exp", "topics" if "topic_prefixes" not in payload else "sub"
+    for name, good in CLAIMS.items():
+        if not good(payload[name]) if name in payload else name in needed:
+            raise Refusal(401, f"the token's claim {name} is missing or wrong")
     get = payload.get
     grants = frozenset(get("topics", ())), tuple(get("topic_prefixes", ()))
     return Claims(get("scope"), *grants, get("exp"), get("nbf", 0), get("expire_at", math.inf))
@@ -367,10 +354,8 @@ class TokenVerifier:
     """Verifies ES256 tokens (RFC 7515, RFC 7519); remembers those that passed all but time."""
 
     def __init__(self, keys: Iterable[PublicKey], clock: Callable[[], float] = time.time) -> None:
-        self._jws = jwt.PyJWS(algorithms=["ES256"])
         self._clock = clock
-        remember = functools.lru_cache(TOKENS_REMEMBERED)
-        self._claims = remember(lambda token: parse_claims(self._decode(token)))
+        self._claims = functools.lru_cache(TOKENS_REMEMBERED)(self._decode)
         self.replace_keys(keys)
 
     def replace_keys(self, keys: Iterable[PublicKey]) -> None:
@@ -381,38 +366,38 @@ class TokenVerifier:
     def authorize(self, token: str, scope: str, topics: Iterable[str]) -> Claims:
         """Return the claims of a token that grants `scope` on `topics`. Raises Refusal."""
         claims, code = self.verify(token), "insufficient_scope"
-        refuse_if(claims.scope != scope, 403, f"this takes a token with scope {scope}", code)
-        granted = all(t in claims.topics or t.startswith(claims.topic_prefixes) for t in topics)
-        refuse_if(not granted, 403, "the token does not grant this topic", code)
+        if claims.scope != scope:
+            raise Refusal(403, f"this takes a token with scope {scope}", code)
+        for topic in topics:
+            if topic not in claims.topics and not topic.startswith(claims.topic_prefixes):
+                raise Refusal(403, "the token does not grant this topic", code)
         return claims
 
     def verify(self, token: str) -> Claims:
         """Return the claims of a good token. Raises Refusal (401) with the check it fails."""
         claims, now = self._claims(token), self._clock()
-        refuse_if(now >= claims.exp + LEEWAY_S, 401, "the token has expired")
-        refuse_if(now < claims.nbf - LEEWAY_S, 401, "the token is not valid yet")
-        refuse_if(now >= claims.expire_at, 401, "the token's expire_at has passed")
+        if not claims.nbf - LEEWAY_S <= now < min(claims.exp + LEEWAY_S, claims.expire_at):
+            refuse_if(now >= claims.exp + LEEWAY_S, 401, "the token has expired")
+            refuse_if(now < claims.nbf - LEEWAY_S, 401, "the token is not valid yet")
+            raise Refusal(401, "the token's expire_at has passed")
         return claims
 
-    def _decode(self, token: str) -> Any:
-        """Return the payload, once a key was found that signed it. Raises Refusal (401)."""
+    def _decode(self, token: str) -> Claims:
         well_formed = len(token) <= TOKEN_MAX and TOKEN.fullmatch(token)
         refuse_if(not well_formed, 401, "the token is malformed")
-        encoded = token.partition(".")[0]
         try:
-            header = parse_json(base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)))
-            if {"crit", "b64", "zip", "enc", "cty"} & header.keys():
-                raise ValueError("a header that changes the meaning of the rest")
-            if not isinstance(header.get("kid", ""), str):  # PyJWT 2.10 takes it, 2.15 does not
-                raise ValueError("kid is no string")
-            for key in self._keys:
-                with contextlib.suppress(jwt.InvalidSignatureError):
-                    return parse_json(self._jws.decode_complete(token, key, ["ES256"])["payload"])
-        except jwt.InvalidAlgorithmError as exc:
-            raise Refusal(401, "the token is not signed with ES256") from exc
-        except Exception as exc:  # PyJWT 2.15 lets out errors that are none of its own, too
+            raw = [base64.urlsafe_b64decode(f"{t}{'=' * (-len(t) % 4)}") for t in token.split(".")]
+            header, payload = map(parse_json, raw[:2])
+            odd = {"crit", "b64", "zip", "enc", "cty"} & header.keys()  # which change the meaning
+            if odd or not isinstance(header.get("kid", ""), str):
+                raise ValueError
+        except (ValueError, AttributeError) as exc:
             raise Refusal(401, "the token is malformed") from exc
-        raise Refusal(401, "the token's signature is of no key known here")
+        refuse_if(header.get("alg") != "ES256", 401, "the token is not signed with ES256")
+        signed = token.rpartition(".")[0].encode()
+        good = any(ES256.verify(signed, key, raw[2]) for key in self._keys)
+        refuse_if(not good, 401, "the token's signature is of no key known here")
+        return parse_claims(payload)
 
 
 # --- Messages: what is sent, and what is held of it. No sockets, no tokens. ---
@@ -428,11 +413,13 @@ def check_topics(topics: list[str], limit: int = 1) -> list[str]:
     for topic in topics:
         refuse_if(not 1 <= len(topic.encode()) <= TOPIC_MAX, 400, "a topic is 1 to 512 bytes long")
         refuse_if(CONTROL_CHARACTER.search(topic), 400, "a topic has no control characters")
-    return list(dict.fromkeys(topics))
+    return list(dict.fromkeys(topics)) if len(topics) > 1 else topics
 
 
 def text_frame(payload: bytes) -> bytes:
     """Return an unmasked WebSocket text frame (RFC 6455 section 5.2), the same for every client."""
+    if len(payload) < 126:
+        return bytes((0x81, len(payload))) + payload
     return Frame(Opcode.TEXT, payload).serialize(mask=False)
 
 
@@ -475,16 +462,11 @@ class Message:
 
 
 class History:
-    """Numbers the messages, and holds the last ones of each topic for those who come back.
-
-    An id is `<epoch>-<seq>`: epoch is random per start, seq counts up over all topics. What is
-    held has bounds: `size` messages of a topic, `seconds` of age, `bytes_max` bytes in all.
-    """
+    """Numbers the messages, and holds the last `size` of each topic for those who come back."""
 
     def __init__(self, size: int, seconds: float, bytes_max: int) -> None:
         self._size, self._seconds, self._bytes_max = size, seconds, bytes_max
-        self._epoch = secrets.token_hex(4)
-        self._seq = 0
+        self._epoch, self._seq = os.urandom(4).hex(), 0  # random per start; over all topics
         self._held: OrderedDict[int, Message] = OrderedDict()  # by seq
         # A topic's seqs: the newest that is not held any more, then those that are, at least one.
         self._topics: dict[str, list[int]] = {}
@@ -501,7 +483,7 @@ class History:
         self._seq += 1
         size = MESSAGE_OVERHEAD + sys.getsizeof(payload) + sys.getsizeof(topic)
         times = time.time_ns() // 10**6, time.monotonic()
-        message = Message(self.position, topic, payload, is_text, size, *times)
+        message = Message(f"{self._epoch}-{self._seq}", topic, payload, is_text, size, *times)
         self._held[self._seq] = message
         self.bytes_held += size
         seqs = self._topics.setdefault(topic, [self._forgotten])
@@ -515,13 +497,14 @@ class History:
 
     def expire(self, now_s: float, at_most: int) -> None:
         """Forget what is too old by the monotonic clock, up to `at_most` messages."""
-        for seq, message in list(itertools.islice(self._held.items(), at_most)):
+        while self._held and at_most > 0:
+            seq, message = next(iter(self._held.items()))
             if now_s - message.added_s < self._seconds:
-                break
+                return
             self._forget(seq)
+            at_most -= 1
 
     def _forget(self, seq: int) -> None:
-        """Hold that message no more, which is its topic's oldest."""
         message = self._held.pop(seq)
         self.bytes_held -= message.size
         seqs = self._topics[message.topic]
@@ -533,10 +516,7 @@ class History:
             self._topics, self._held = {}, OrderedDict()
 
     def since(self, topics: Iterable[str], since: str) -> tuple[list[Message], bool]:
-        """Return what is held of `topics` after `since`, oldest first, and whether that is all.
-
-        `since` is an id, "all" (as is an id never given), or "latest": the newest of each topic.
-        """
+        """Return what is held of `topics` after `since`, oldest first, and whether that is all."""
         epoch, _, number = since.partition("-")
         known = epoch == self._epoch and int(number) <= self._seq
         after = int(number) if known else -1
@@ -548,7 +528,32 @@ class History:
         return messages, known and all(after >= seqs[0] for seqs in lists)
 
 
-# --- Hub: who listens to which topic. No I/O, no await. ---
+# --- Hub: who listens to which topic, and what is on its way to them. No I/O, no await. ---
+
+
+class Batch:
+    """Messages that follow one another on a topic, for the same audience: one write for each."""
+
+    __slots__ = ("audience", "delivered", "messages", "sent", "size", "topic")
+
+    def __init__(self, topic: str) -> None:
+        self.topic, self.size, self.delivered = topic, 0, 0
+        self.messages: list[Message] = []
+        self.sent: list[Callable[[int], None]] = []  # who wants to know to how many, when it is
+        self.audience: set[Any] | None = None  # who has yet to get it; None while it may grow
+
+    def send(self, audience: set[Any], room: int) -> int:
+        """Queue it to these, while there is room; return what is left of that."""
+        frames, encode, frame = dict[Any, bytes](), None, b""  # by what made them, each once
+        while audience and room > 0:
+            subscriber = audience.pop()
+            if subscriber.encode is not encode:
+                encode = subscriber.encode
+                frame = frames.get(encode) or b"".join(map(encode, self.messages))
+                frames[encode] = frame
+            self.delivered += subscriber.deliver(frame) is not False
+            room -= len(frame) + DELIVERY_BYTES
+        return room
 
 
 class Hub:
@@ -556,53 +561,100 @@ class Hub:
 
     No set of `topics` is empty. A subscriber is anything with a set `topics`, which the hub alone
     changes, a function `encode` that makes its frames, and a `deliver` that queues one at once.
+    Messages wait, in the order of their ids, until a turn of the loop brings no more of them.
     """
 
-    def __init__(self, history: History) -> None:
+    def __init__(self, history: History, batch_max: int) -> None:
         self.history = history
         self.topics: dict[str, set[Any]] = {}
+        self.call_soon: Callable[..., Any]  # of the loop that it works for
+        self._batch_max = batch_max
+        self._batches: deque[Batch] = deque()  # all that wait
+        self._waiting: dict[str, deque[Batch]] = {}  # the same, by topic; none of them empty
+        self._grown = False  # by a message in this turn of the loop
+        self._turns = 0  # in which it grew
 
     def subscribe(self, subscriber: Any, topic: str) -> None:
         """Let `subscriber` hear what is broadcast to `topic` from now on; once is enough."""
-        self.topics.setdefault(topic, set()).add(subscriber)
-        subscriber.topics.add(topic)
+        if topic not in subscriber.topics:
+            self._close(topic)
+            self.topics.setdefault(topic, set()).add(subscriber)
+            subscriber.topics.add(topic)
 
     def unsubscribe(self, subscriber: Any, topic: str) -> None:
-        """Let it hear nothing more of `topic`; nothing happens where it was not subscribed."""
-        if topic in subscriber.topics:
-            subscriber.topics.discard(topic)
-            self.topics[topic].discard(subscriber)
-            if not self.topics[topic]:
-                del self.topics[topic]
+        """Let it hear what waits for it of `topic`, and then nothing more."""
+        if topic not in subscriber.topics:
+            return
+        batches = self._close(topic)
+        subscriber.topics.discard(topic)
+        self.topics[topic].discard(subscriber)
+        if not self.topics[topic]:
+            del self.topics[topic]
+        for batch in batches:
+            if batch.audience and subscriber in batch.audience:
+                batch.audience.discard(subscriber)
+                batch.send({subscriber}, 1)
 
-    def broadcast(self, topics: Sequence[str], value: Any) -> tuple[str, int]:
-        """Queue `value` on each topic; return the last message's id, and to how many in all."""
-        delivered, is_text = 0, isinstance(value, str)
+    def broadcast(self, topics: Sequence[str], value: Any, done: Callable[..., None]) -> None:
+        """Queue `value` on each topic; then call `done` with the last id, and to how many."""
+        waits, total, is_text = len(topics), 0, isinstance(value, str)
         payload = (value if is_text else dump_json(value)).encode()
+
+        def sent(delivered: int) -> None:
+            nonlocal waits, total
+            waits, total = waits - 1, total + delivered
+            if waits == 0:
+                done(message.id, total)
+
         for topic in topics:
             message = self.history.add(topic, payload, is_text)
-            frames: dict[Any, bytes] = {}  # by what made them, each once
-            # A copy, since a subscriber that proves too slow leaves while it is delivered to.
-            for subscriber in tuple(self.topics.get(topic, ())):
-                encode = subscriber.encode
-                frame = frames.get(encode) or frames.setdefault(encode, encode(message))
-                delivered += subscriber.deliver(frame)
-        return self.history.position, delivered
+            if not self._batches:
+                self.call_soon(self._flush)
+            batch = self._batches[-1] if self._batches else Batch("")
+            full = batch.size + message.size > self._batch_max
+            if batch.topic != topic or batch.audience is not None or full:
+                self._batches.append(batch := Batch(topic))
+                self._waiting.setdefault(topic, deque()).append(batch)
+            batch.size += message.size
+            batch.messages.append(message)
+            batch.sent.append(sent)
+        self._grown = True
 
+    def _close(self, topic: str) -> Sequence[Batch]:
+        """Return what waits on `topic`, of which nothing grows any more."""
+        batches = self._waiting.get(topic, ())
+        for batch in batches:
+            if batch.audience is None:
+                batch.audience = set(self.topics.get(topic, ()))
+        return batches
 
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What every connection works with."""
-
-    settings: Settings
-    verifier: TokenVerifier
-    hub: Hub
-    connections: set[Any]  # all that are open, of whatever kind
+    def _flush(self) -> None:
+        """Send what waits, as far as one turn of the loop may take."""
+        growing = self._grown and self._turns < GROWING_TURNS_MAX
+        self._grown, self._turns = False, self._turns + 1
+        room = 0 if growing else TURN_BYTES
+        try:
+            while self._batches and room > 0:
+                batch, audience = self._batches[0], self._close(self._batches[0].topic)[0].audience
+                room = batch.send(audience or set(), room)
+                if not audience:
+                    self._batches.popleft()
+                    self._waiting[batch.topic].popleft()
+                    if not self._waiting[batch.topic]:
+                        del self._waiting[batch.topic]
+                    for sent in batch.sent:
+                        sent(batch.delivered)
+        finally:  # whatever a subscriber may raise, the others get theirs
+            if self._batches:
+                self.call_soon(self._flush)
+            else:
+                self._turns = 0
 
 
 # --- Subscribers: a WebSocket with its commands, and an event stream. ---
 
 SUBPROTOCOL: Any = "notiflux.v1"
+DATA_OPCODES = frozenset((Opcode.TEXT, Opcode.BINARY, Opcode.CONT))
 PING_FRAME = Frame(Opcode.PING, b"").serialize(mask=False)
 INVALID_SUBSCRIBE = "Invalid subscribe command, it should be: /subscribe <topic> <token>"
 
@@ -615,28 +667,17 @@ def address(name: Any) -> str:
 
 
 class BaseSubscriber(asyncio.Protocol):
-    """What both kinds have in common: what they hear, how fast, and until when.
+    """One with more than MAX_BUFFER_BYTES unsent is slow, and dropped; a replay goes in pieces."""
 
-    Whole frames go straight to the transport, beside the library's. One with more than
-    MAX_BUFFER_BYTES unsent is slow, and dropped. A replay may be larger: it goes out piece by
-    piece, as fast as the peer takes it, and what is sent meanwhile waits behind it.
-    """
-
-    __slots__ = (  # since more than 30 attributes in a dict cost 1 KiB (Python 3.11 to 3.13)
-        *("_shared", "_hub", "_settings", "_loop", "peer", "topics", "encode", "_expiring"),
-        *("_replay", "_behind", "_paused", "_beat_at", "_abort"),
-    )
-    # each kind in its own way
+    transport: asyncio.Transport
+    deliver: Callable[[bytes], Any]  # queue a frame: to the transport, or behind a replay
     tell: Callable[..., None]  # queue an event
     beat: Callable[[], None]  # keep the line alive, and see whether it is
     end: Callable[[list[str]], None]  # end subscriptions whose expire_at has come
     dismiss: Callable[[int, str], None]  # close behind what is queued
-    transport: asyncio.Transport
 
-    def __init__(self, shared: Shared, encode: Callable[[Message], bytes]) -> None:
-        self._shared = shared
-        self._hub = shared.hub
-        self._settings = shared.settings
+    def __init__(self, daemon: Any, encode: Callable[[Message], bytes]) -> None:
+        self._daemon, self._hub, self._settings = daemon, daemon.hub, daemon.settings
         self._loop = asyncio.get_running_loop()
         # per connection
         self.topics: set[str] = set()
@@ -645,55 +686,43 @@ class BaseSubscriber(asyncio.Protocol):
         self._replay: deque[Message | bytes] | None = None  # what waits, while there is one
         self._behind = 0  # bytes of the frames in it, which were not there at its start
         self._paused = False  # by the transport, until the peer has taken what is unsent
-        self._beat_at = self._loop.time() + shared.settings.ping_interval
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
-        super().connection_made(transport)
         self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
+        self.deliver = transport.write
         self.peer = address(transport.get_extra_info("peername"))
-        self._shared.connections.add(self)
+        self._daemon.beats[self] = self._loop.time() + self._settings.ping_interval
 
     def pause_writing(self) -> None:
-        super().pause_writing()
         self._paused = True
         self.transport.pause_reading()  # or its pings would go on adding pongs
         if self._replay is None:
             self._drop()
 
     def resume_writing(self) -> None:
-        super().resume_writing()
         self._paused = False
         self.transport.resume_reading()
         self._pump()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._shared.connections.discard(self)
+        del self._daemon.beats[self]
         self._retire().cancel()  # commands may still be queued, and are not obeyed any more
         log.debug("disconnected peer=%s", self.peer)
-        super().connection_lost(exc)
 
-    def deliver(self, frame: bytes) -> bool:
-        """Queue a frame, unless the connection is on its way out; say whether it was."""
-        if self._abort is not None:
-            return False
-        if self._replay is None:
-            self.transport.write(frame)
-            return True
-        self._replay.append(frame)
-        self._behind += len(frame)
-        if self._behind > self._settings.max_buffer_bytes:
-            self._drop()
-        return self._abort is None
+    def _hold(self, frame: bytes) -> bool:
+        if self._replay is not None:
+            self._replay.append(frame)
+            self._behind += len(frame)
+            if self._behind > self._settings.max_buffer_bytes:
+                self._drop()
+        return self._replay is not None
 
-    def tick(self, now: float) -> None:
-        """Look at what is due by the loop's clock: a ping, or a subscription's end."""
+    def expire(self) -> None:
+        """End the subscriptions whose time has come."""
         if self._expiring and (ended := [t for t, s in self._expiring.items() if s <= time.time()]):
             self.end(ended)
-        if now >= self._beat_at and self._abort is None:
-            self._beat_at = now + self._settings.ping_interval
-            self.beat()
 
     def _follow(self, topics: Sequence[str], claims: Claims, since: str, /, **about: Any) -> None:
         """Subscribe, and replay what came after `since`: one stream with what comes live."""
@@ -708,13 +737,12 @@ class BaseSubscriber(asyncio.Protocol):
         self.tell("subscribed", **about, **({"recovered": recovered} if "-" in since else {}))
         if messages and self._abort is None:
             if self._replay is None:
-                self._replay = deque()
+                self._replay, self.deliver = deque(), self._hold
                 self.transport.set_write_buffer_limits(REPLAY_PIECE)
             self._replay += messages
             self._pump()
 
     def _pump(self) -> None:
-        """Send the next piece of a replay, unless the peer has yet to take the last one."""
         if self._replay is None or self._paused:
             return
         piece = bytearray()
@@ -726,8 +754,11 @@ class BaseSubscriber(asyncio.Protocol):
             self.transport.write(piece)
             self._loop.call_soon(self._pump)  # after the others had their turn
         else:
-            self._replay = None
-            self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
+            self._end_replay()
+
+    def _end_replay(self) -> None:
+        self._replay, self.deliver = None, self.transport.write
+        self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
 
     def _forget(self, topics: Sequence[str]) -> None:
         for topic in topics:
@@ -749,53 +780,62 @@ class BaseSubscriber(asyncio.Protocol):
     def _retire(self) -> asyncio.TimerHandle:
         """Leave every topic, obey nothing more, and see to it that the connection ends."""
         if self._abort is None:
-            self._replay = None
+            self._replay, self.deliver = None, lambda frame: False
             self._forget(tuple(self.topics))
             self._abort = self._loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
         return self._abort
 
 
-class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnection):
-    """One WebSocket connection: the library's own, which also hears from the hub."""
+class WebSocketSubscriber(BaseSubscriber):
+    """One WebSocket, whose handshake was answered with `head`: commands in, messages out."""
 
-    def __init__(self, shared: Shared, *arguments: Any, json_mode: bool, **options: Any) -> None:
-        encode = Message.json_frame if json_mode else Message.plain_frame
-        BaseSubscriber.__init__(self, shared, encode)
-        websockets.asyncio.server.ServerConnection.__init__(self, *arguments, **options)
-        self.protocol.available_subprotocols = [SUBPROTOCOL] if json_mode else None
-        self._refused = 0
-        self._unanswered = 0  # pings
+    def __init__(self, daemon: Any, head: Any, json_mode: bool) -> None:
+        super().__init__(daemon, Message.json_frame if json_mode else Message.plain_frame)
+        self.head, self._json_mode = head, json_mode
+        self._protocol = ServerProtocol(state=State.OPEN, max_size=COMMAND_MAX)
+        self._is_text, self._received = False, b""  # what came of a command so far
+        self._refused = self._unanswered = 0  # commands; pings
 
     def connection_made(self, transport: Any) -> None:
-        # What a client sends ahead of the 101 would be answered ahead of it, too.
-        transport.pause_reading()
         super().connection_made(transport)
-        # Or the library reads on once it has obeyed what it had (15.0 to 17.4): endless pongs.
-        self.recv_messages.resume = lambda: self._paused or transport.resume_reading()
+        self.tell("open", id=self._hub.history.position, keepalive=self._settings.ping_interval)
 
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
-        super().data_received(data)
-        if self.state in (State.CLOSING, State.CLOSED):
+        self._protocol.receive_data(data)
+        for event in cast(list[Frame], self._protocol.events_received()):
+            if event.opcode not in DATA_OPCODES or self._abort is not None:
+                continue
+            if event.opcode is not Opcode.CONT:
+                self._is_text, self._received = event.opcode is Opcode.TEXT, b""
+            self._received += event.data  # the library sees to it that this is at most COMMAND_MAX
+            try:
+                if event.fin and self._is_text:
+                    self._obey(self._received.decode().strip())
+            except UnicodeDecodeError:
+                self._protocol.fail(1007, "not UTF-8")
+        self._send()
+
+    def _send(self) -> None:
+        for data in self._protocol.data_to_send():
+            if data:
+                self.transport.write(data)
+            elif self.transport.can_write_eof():
+                self.transport.write_eof()
+        if self._protocol.state is not State.OPEN:
             self._retire()
 
     def dismiss(self, code: int, reason: str) -> None:
-        if self.state is State.OPEN:
-            # The library's own close would wait for a peer that takes nothing (15.0 to 17.4).
-            self.protocol.send_close(code, reason)
-            self.transport.write(b"".join(self.protocol.data_to_send()))
+        self._forget(tuple(self.topics))
+        if self._protocol.state is State.OPEN:
+            self._protocol.send_close(code, reason)
+        self._send()
         self._retire()
 
     def tell(self, event: str, plain: str = "", **members: Any) -> None:
-        if self.subprotocol or plain:
-            text = dump_json({"event": event, **members}) if self.subprotocol else plain
+        if self._json_mode or plain:
+            text = dump_json({"event": event, **members}) if self._json_mode else plain
             self.deliver(text_frame(text.encode()))
-
-    def tick(self, now: float) -> None:
-        if self.state is State.OPEN:
-            super().tick(now)
-        elif self.state is not State.CONNECTING:
-            self._retire()
 
     def beat(self) -> None:
         # Counted, not timed: after a pause of the whole machine nobody is to blame.
@@ -804,25 +844,15 @@ class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnec
             self.transport.abort()
             return
         self._unanswered += not self._paused  # or its pongs are not read
-        self.transport.write(PING_FRAME)
-        self.tell("keepalive")
+        if self._abort is None:
+            self.transport.write(PING_FRAME)
+            self.tell("keepalive")
 
     def end(self, topics: list[str]) -> None:
         self._forget(topics)
         for topic in topics:
             plain = f"Subscription to {topic} expired"
             self.tell("unsubscribed", plain, topics=[topic], error="token_expired")
-
-    async def run(self) -> None:
-        """Obey commands until the connection is closed."""
-        for done_with in (self.request, self.response):
-            cast(Any, done_with).headers.clear()  # 2 KiB
-        self.transport.resume_reading()
-        self.tell("open", id=self._hub.history.position, keepalive=self._settings.ping_interval)
-        with contextlib.suppress(ConnectionClosed):
-            async for text in self:
-                if isinstance(text, str) and self._abort is None:
-                    self._obey(text.strip())
 
     def _obey(self, text: str) -> None:
         """Obey one command; the grammar is the Rust program's: words, one space between them."""
@@ -842,7 +872,7 @@ class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnec
     def _subscribe(self, topic: str, token: str, since: str = "") -> None:
         try:
             check_topics([topic])
-            claims = self._shared.verifier.authorize(token, "subscribe", [topic])
+            claims = self._daemon.verifier.authorize(token, "subscribe", [topic])
             refuse_if(since and not SINCE.fullmatch(since), 400, BAD_SINCE)
             full = topic not in self.topics and len(self.topics) >= self._settings.max_topics
             refuse_if(full, 403, "this connection has as many topics as it may")
@@ -856,7 +886,6 @@ class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnec
         self.tell("unsubscribed", topics=topics)
 
     def _refuse(self, operation: str, refusal: Refusal, topic: str | None = None) -> None:
-        """Answer a refused command; the last one that is allowed ends the connection."""
         refusal.log(self.peer, operation)
         if topic is not None and CONTROL_CHARACTER.search(topic):  # the answer is one line
             topic = printable(topic)
@@ -872,8 +901,8 @@ class WebSocketSubscriber(BaseSubscriber, websockets.asyncio.server.ServerConnec
 class EventStream(BaseSubscriber):
     """One event stream, a GET /sse whose answer does not end; what still comes in is dropped."""
 
-    def __init__(self, shared: Shared, head: Any, topics: list[str], *how: Any) -> None:
-        super().__init__(shared, Message.event_lines)
+    def __init__(self, daemon: Any, head: Any, topics: list[str], *how: Any) -> None:
+        super().__init__(daemon, Message.event_lines)
         self.head = head
         self._start = functools.partial(self._follow, topics, *how, topics=topics)
 
@@ -882,7 +911,7 @@ class EventStream(BaseSubscriber):
         self._start()
 
     def dismiss(self, code: int, reason: str) -> None:
-        self._retire()
+        self._retire()  # at once: it resumes all topics, in the order of ids
         self.transport.close()
 
     def tell(self, event: str, **members: Any) -> None:
@@ -894,7 +923,7 @@ class EventStream(BaseSubscriber):
         self.deliver(b":\n\n")
 
     def end(self, topics: list[str]) -> None:
-        self._replay = None
+        self._end_replay()
         self.tell("unsubscribed", topics=topics, error="token_expired")
         self.dismiss(1000, "token_expired")
 
@@ -902,7 +931,6 @@ class EventStream(BaseSubscriber):
 # --- HTTP: bytes to requests, answers to bytes. Knows no topics and no tokens. ---
 
 HEAD_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z\r-]")  # TLS may have no line's end, ever
-HEAD_END = re.compile(rb"\r\n\r\n|(?<!\r)\n")  # or a line that does not end in CRLF
 REQUEST_LINE = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) "
     # RFC 3986's characters, no control characters behind a %, no fragment; RFC 9112 section 3.2
@@ -916,29 +944,35 @@ MEMBER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 TOO_LARGE = "the body is larger than MAX_MESSAGE_BYTES"
-HANDSHAKE = (
-    "GET /ws HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-)
+Headers = defaultdict[str, list[str]]
+
+
+def list_members(headers: Headers, name: str) -> list[str]:
+    """Return a list-valued header's members, lower case. Raises Refusal where it is none."""
+    if name not in headers:
+        return []
+    parts = ",".join(headers[name]).lower().split(",")
+    members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
+    refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
+    return members
 
 
 @dataclass(slots=True, eq=False)
-class Request:
-    """One request; `headers` has the values of each name, which is in lower case."""
+class Head:
+    """The head of a request; `headers` has the values of each name, which is in lower case."""
 
     method: str
     path: str
+    query: str  # with its question mark
     version: tuple[int, int]
-    headers: defaultdict[str, list[str]]
-    body: bytes = b""
+    headers: Headers
+    framed: bool = False  # the rest is known, and nothing is wrong with it
+    length: int | None = 0  # of the body; None for a chunked one
+    last: bool = False  # the client wants no answer behind this one's
+    expects: bool = False  # a 100 before it sends the body: RFC 9110 section 10.1.1
 
-    def tokens(self, name: str) -> list[str]:
-        """Return a list-valued header's members, lower case. Raises Refusal where it is none."""
-        if name not in self.headers:
-            return []
-        parts = ",".join(self.headers[name]).lower().split(",")
-        members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
-        refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
-        return members
+
+Request = tuple[Head, bytes]  # its head and body
 
 
 @dataclass(slots=True)
@@ -946,11 +980,11 @@ class Response:
     """One answer; `body` is empty where there is none."""
 
     status: int
-    headers: dict[str, str]
-    body: bytes
+    headers: tuple[tuple[str, str], ...]
+    body: bytes = b""
 
 
-def _parse_headers(lines: Iterable[bytes]) -> defaultdict[str, list[str]]:
+def _parse_headers(lines: Iterable[bytes]) -> Headers:
     headers = defaultdict(list)
     for line in lines:
         if not (match := HEADER_LINE.fullmatch(line)):
@@ -960,8 +994,14 @@ def _parse_headers(lines: Iterable[bytes]) -> defaultdict[str, list[str]]:
     return headers
 
 
+def _check_lines(head: bytes | bytearray) -> None:
+    refuse_if(not HEAD_START.match(head), 400, "a malformed request line")
+    if head.count(b"\n", 0, HEAD_MAX) != head.count(b"\r\n", 0, HEAD_MAX):
+        raise Refusal(400, "a line that does not end in CRLF")
+
+
 def _split(head: bytes) -> list[bytes]:
-    """Return the lines of a head or trailer. Raises Refusal: 414 where the first is too long."""
+    _check_lines(head)
     lines = head.split(b"\r\n")[:-2]
     if max(map(len, lines)) > LINE_MAX:
         raise Refusal(414 if len(lines[0]) > LINE_MAX else 431, "a line that is too long")
@@ -970,8 +1010,7 @@ def _split(head: bytes) -> list[bytes]:
 
 
 @functools.lru_cache(HEADS_REMEMBERED)  # one who stays sends the same head again and again
-def _parse_head(head: bytes) -> tuple[str, str, tuple[int, int], defaultdict[str, list[str]]]:
-    """Return method, path, version and headers. Raises Refusal."""
+def _parse_head(head: bytes) -> Head:
     lines = _split(head)
     if not lines[0]:  # one empty line is tolerated: RFC 9112 section 2.2
         del lines[0]
@@ -986,42 +1025,40 @@ def _parse_head(head: bytes) -> tuple[str, str, tuple[int, int], defaultdict[str
     hosts = headers["host"]
     refuse_if(len(hosts) > 1 or (not hosts and minor == "1"), 400, "not exactly one Host header")
     refuse_if(hosts and not HOST.fullmatch(hosts[0]), 400, "a malformed Host header")
-    return method, target or "/", (1, int(minor)), headers
+    path, mark, query = (target or "/").partition("?")
+    return Head(method, path, mark + query, (1, int(minor)), headers)
 
 
-def _body_length(request: Request, most: int) -> int | None:
-    """Return the body's length, None for chunked (RFC 9112 section 6). Raises Refusal."""
-    codings, lengths = request.headers["transfer-encoding"], request.headers["content-length"]
+def _frame(head: Head) -> None:
+    codings, lengths = head.headers["transfer-encoding"], head.headers["content-length"]
     if codings:
-        doubtful = lengths or len(codings) > 1 or request.version == (1, 0)
-        refuse_if(doubtful, 400, "a length in doubt")
+        doubt = lengths or len(codings) > 1 or head.version == (1, 0)
+        refuse_if(doubt, 400, "a length in doubt")
         if codings[0].lower() != "chunked":  # exactly, since others may read a list otherwise
             known = all(MEMBER.fullmatch(member.strip(" ")) for member in codings[0].split(","))
             raise Refusal(501 if known else 400, "a transfer coding other than chunked")
     elif lengths and (len(lengths) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0])):
         raise Refusal(400, "a malformed Content-Length")
     length = None if codings else int(lengths[0]) if lengths else 0
-    refuse_if(length != 0 and request.method in ("GET", "HEAD"), 400, "a body where none belongs")
-    if request.version == (1, 1) and set(request.tokens("expect")) - {"100-continue"}:
-        raise Refusal(417, "an expectation other than 100-continue")
-    refuse_if(set(request.tokens("content-encoding")) - {"identity"}, 415, "a compressed body")
-    refuse_if((length or 0) > most, 413, TOO_LARGE)
-    return length
+    refuse_if(length != 0 and head.method in ("GET", "HEAD"), 400, "a body where none belongs")
+    expected = set(list_members(head.headers, "expect")) if head.version == (1, 1) else set()
+    refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
+    codings = list_members(head.headers, "content-encoding")
+    refuse_if(set(codings) - {"identity"}, 415, "a compressed body")
+    head.last = "close" in list_members(head.headers, "connection") or head.version == (1, 0)
+    head.length, head.expects, head.framed = length, bool(expected), True
 
 
 class RequestReader:
-    """Reads requests from bytes, strictly: a full match or a Refusal, never a repair.
-
-    No I/O, no clock. How the bytes were cut changes nothing; after a Refusal there is no more.
-    """
+    """Reads requests from bytes, however cut: a full match, or a Refusal that ends it. No I/O."""
 
     def __init__(self, body_max: int) -> None:
         self._body_max = body_max
         self._buffer = bytearray()
-        self._steps = self._read()
-        self.request: Request | None = None  # the newest, as far as it is known
+        self._requests = self._read()
+        self.head: Head | None = None  # the newest, as far as it is known
         self.stage = "idle"  # then "head", then "body"
-        self.wants_continue = False  # the client waits for a 100 (RFC 9110 section 10.1.1)
+        self.wants_continue = False  # the client waits for a 100
 
     def feed(self, data: bytes) -> None:
         """Add what was received."""
@@ -1029,7 +1066,7 @@ class RequestReader:
 
     def next_request(self) -> Request | None:
         """Return the next complete request, None if more bytes are needed. Raises Refusal."""
-        return next(self._steps)
+        return next(self._requests)
 
     @property
     def empty(self) -> bool:
@@ -1040,38 +1077,34 @@ class RequestReader:
         while True:
             while not self._buffer:
                 yield None
-            self.stage, self.request = "head", None
-            refuse_if(not HEAD_START.match(self._buffer), 400, "a malformed request line")
-            self.request = request = Request(*_parse_head((yield from self._head())))
-            length = _body_length(request, self._body_max)
-            if length != 0:
-                self.stage = "body"
-                expected = request.version == (1, 1) and "100-continue" in request.tokens("expect")
-                self.wants_continue = expected and not self._buffer
-                body = self._chunks() if length is None else self._exactly(length)
-                request.body = yield from body
+            self.stage, self.head = "head", None
+            while not (end := self._head_end()):
+                yield None
+            self.head = head = _parse_head(bytes(self._buffer[:end]))
+            if not head.framed:
+                _frame(head)
+            length = head.length or 0
+            refuse_if(length > self._body_max, 413, TOO_LARGE)
+            self.stage = "body"
+            self.wants_continue = head.expects and head.length != 0 and len(self._buffer) == end
+            while len(self._buffer) < end + length:
+                yield None
+            body = bytes(self._buffer[end : end + length])
+            del self._buffer[: end + length]
+            if head.length is None:
+                body = yield from self._chunks()
             self.stage = "idle"
-            yield request
-            request.body = b""  # or an idle connection would keep it
+            yield head, body
 
-    def _exactly(self, size: int) -> Generator[None, None, bytes]:
-        while len(self._buffer) < size:
-            yield
-        data = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        return data
-
-    def _head(self) -> Generator[None, None, bytes]:
-        """Read lines through an empty one. Raises Refusal where that is too far away."""
-        start = 0
-        while not (end := HEAD_END.search(self._buffer, start, HEAD_MAX)):
-            if len(self._buffer) >= HEAD_MAX:
-                long = self._buffer.find(b"\n", 0, LINE_MAX + 2) < 0
-                raise Refusal(414 if long else 431, "a line, or all lines together, are too long")
-            start = max(0, len(self._buffer) - 3)
-            yield
-        refuse_if(end[0] == b"\n", 400, "a line that does not end in CRLF")
-        return (yield from self._exactly(end.end()))
+    def _head_end(self) -> int:
+        """Return where an empty line ends, 0 where there is none yet. Raises Refusal."""
+        if (end := self._buffer.find(b"\r\n\r\n", 0, HEAD_MAX)) >= 0:
+            return end + 4
+        _check_lines(self._buffer)
+        if len(self._buffer) >= HEAD_MAX:
+            long = self._buffer.find(b"\n", 0, LINE_MAX + 2) < 0
+            raise Refusal(414 if long else 431, "a line, or all lines together, are too long")
+        return 0
 
     def _chunks(self) -> Generator[None, None, bytes]:
         """Read a chunked body; extensions and trailers are dropped (RFC 9112 section 7.1)."""
@@ -1079,39 +1112,48 @@ class RequestReader:
         while True:
             while (end := self._buffer.find(b"\r\n", 0, CHUNK_LINE_MAX)) < 0:
                 refuse_if(len(self._buffer) >= CHUNK_LINE_MAX, 400, "a malformed chunk")
-                yield
+                yield None
             if not (match := CHUNK_LINE.fullmatch(self._buffer[:end])):
                 raise Refusal(400, "a malformed chunk")
             size = int(match[1], 16)
             refuse_if(len(body) + size > self._body_max, 413, TOO_LARGE)
             del self._buffer[:end]  # but not its CRLF, so that what follows has one on both sides
             if size == 0:
-                _parse_headers(_split((yield from self._head()))[1:])
-                return bytes(body)
-            chunk = yield from self._exactly(size + 4)
-            refuse_if(not chunk.endswith(b"\r\n"), 400, "a malformed chunk")
-            body += chunk[2:-2]
+                break
+            while len(self._buffer) < size + 4:
+                yield None
+            refuse_if(self._buffer[size + 2 : size + 4] != b"\r\n", 400, "a malformed chunk")
+            body += self._buffer[2 : size + 2]
+            del self._buffer[: size + 4]
+        while not (end := self._head_end()):
+            yield None
+        _parse_headers(_split(bytes(self._buffer[:end]))[1:])
+        del self._buffer[:end]
+        return bytes(body)
 
 
-@functools.lru_cache(1)
-def _date(now_s: int) -> str:
-    return email.utils.formatdate(now_s, usegmt=True)
+@functools.lru_cache(64)
+def _render(status: int, headers: Any, length: int, last: bool, now_s: int) -> bytes:
+    lines = [f"HTTP/1.1 {status} {PHRASES[status]}", *map(": ".join, headers)]
+    lines += [f"Content-Length: {length}"] if length else []
+    lines += [time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT", time.gmtime(now_s))]
+    lines += ["Connection: close"] if last else []
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 class HTTPConnection(asyncio.Protocol):
     """One client's connection, from its first byte until it closes or turns into a subscriber."""
 
-    def __init__(self, shared: Shared, router: Any, *arguments: Any, **options: Any) -> None:
-        self._shared = shared
-        self._router = router
+    def __init__(self, daemon: Any, router: Any, *unused: object, **options: object) -> None:
+        self._daemon, self._router = daemon, router
         # per connection
-        self._make_websocket = functools.partial(WebSocketSubscriber, shared, *arguments, **options)
-        self._reader = RequestReader(shared.settings.max_message_bytes)
+        self._reader = RequestReader(daemon.settings.max_message_bytes)
         self.transport: asyncio.Transport
         self._paused = False  # by the transport, until the client has taken what is unsent
         self._closing = False  # the last answer is written
         self._ended = False  # the client sends nothing more
         # per request
+        self._owed = False  # the answer, which comes later
         self._state: tuple[str, object, int] = ("", None, 0)  # what it does, and how far it is
         self._deadline = 0.0  # for that, by the loop's clock
 
@@ -1120,14 +1162,18 @@ class HTTPConnection(asyncio.Protocol):
         self.peer = address(transport.get_extra_info("peername"))
         # An attribute of asyncio's socket transports (3.11 to 3.13); elsewhere it does nothing.
         self.transport.max_size = READ_MAX  # type: ignore[attr-defined]
-        self._shared.connections.add(self)
-        if len(self._shared.connections) > self._shared.settings.max_connections:
+        self._daemon.clients.add(self)
+        connections = len(self._daemon.clients) + len(self._daemon.beats)
+        if connections > self._daemon.settings.max_connections:
             self._refuse(Refusal(503, "the server has as many connections as it may"))
 
     def data_received(self, data: bytes) -> None:
         if not self._closing:
             self._reader.feed(data)
-            self._advance()
+            if self._owed:
+                self.transport.pause_reading()
+            else:
+                self._advance()
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -1145,31 +1191,39 @@ class HTTPConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
-        self._shared.connections.discard(self)
+        self._daemon.clients.discard(self)
 
     def tick(self, now: float) -> None:
         """End the connection where it does the same for too long, by the loop's clock."""
         unsent = self.transport.get_write_buffer_size()
         doing = "write" if unsent else "linger" if self._closing else self._reader.stage
-        state = doing, self._reader.request, unsent
+        state = doing, self._reader.head, unsent
         if state != self._state:
-            new = doing == "idle" and self._reader.request is None  # which has to say something
+            new = doing == "idle" and self._reader.head is None  # which has to say something
             self._state, self._deadline = state, now + TIMEOUTS_S["head" if new else doing]
         if doing == "idle" and (now >= self._deadline or self._router.stopping):
-            self._close()
+            if not self._owed:
+                self._close()
         elif now >= self._deadline and doing in ("write", "linger"):
             self.transport.abort()
         elif now >= self._deadline:
             self._refuse(Refusal(408, f"the {doing} took too long"))
 
+    def answer(self, response: Response) -> None:
+        """Write the answer that the router owed, and go on with what came meanwhile."""
+        self._owed = False
+        if not self._closing:
+            self._write(response)
+            if self._ended or not self._reader.empty:
+                asyncio.get_running_loop().call_soon(self._advance)
+
     def _advance(self) -> None:
-        """Answer every request that is complete, then see to it that more bytes come."""
         try:
-            while not self._closing and not self._paused:
+            while not (self._closing or self._paused or self._owed):
                 if request := self._reader.next_request():
-                    self._answer(request)
-                    if not (self._closing or self._reader.empty):  # others have their turn first
-                        self.transport.pause_reading()
+                    self._handle(request)
+                    if not (self._closing or self._owed or self._reader.empty):
+                        self.transport.pause_reading()  # others have their turn first
                         asyncio.get_running_loop().call_soon(self._advance)
                         break
                 elif self._ended:
@@ -1184,50 +1238,36 @@ class HTTPConnection(asyncio.Protocol):
         except Refusal as refusal:
             self._refuse(refusal)
 
-    def _answer(self, request: Request) -> None:
+    def _handle(self, request: Request) -> None:
         self._state = "", None, 0  # the next head is another one
-        # May refuse, so before anything happens. RFC 9112 section 9.3.
-        last = "close" in request.tokens("connection") or request.version == (1, 0)
         response = self._router.process_request(self, request)
-        if response is None:  # a WebSocket
-            refuse_if(not self._reader.empty, 400, "bytes behind a handshake without an answer yet")
-            offers = ",".join(request.headers["sec-websocket-protocol"])
-            json_mode = SUBPROTOCOL in re.split("[, \t]+", offers)  # case matters
-            websocket = self._make_websocket(json_mode=json_mode)
-            self._hand_over(websocket)
-            # What was checked, and nothing else that a client may have put around it.
-            offer = f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n" if json_mode else ""
-            key = f"Sec-WebSocket-Key: {request.headers['sec-websocket-key'][0]}\r\n"
-            websocket.data_received(f"{HANDSHAKE}{key}{offer}\r\n".encode())
-        elif isinstance(response, EventStream):
-            response.head.headers["Connection"] = "close"
-            self._write(request, response.head, False)
-            self._hand_over(response)
-        else:
-            self._write(request, response, last or self._router.stopping)
+        self._owed = response is None
+        if isinstance(response, Response):
+            self._write(response)
+        elif response:  # a subscriber, which takes over
+            early = not self._reader.empty and isinstance(response, WebSocketSubscriber)
+            refuse_if(early, 400, "bytes behind a handshake without an answer yet")
+            head = response.head
+            self.transport.write(_render(head.status, head.headers, 0, False, int(time.time())))
+            self.connection_lost(None)  # for this side of it
+            self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
+            self.transport.set_protocol(response)
+            response.connection_made(self.transport)
 
     def _refuse(self, refusal: Refusal) -> None:
-        """Answer what could not be read as a request, and end the connection."""
-        request = self._reader.request
-        self._write(request, self._router.refuse(self, request, refusal), True)
+        self._write(self._router.refuse(self, self._reader.head, refusal), True)
 
-    def _write(self, request: Request | None, response: Response, last: bool) -> None:
-        response.headers["Date"] = _date(int(time.time()))
-        if last:
-            response.headers["Connection"] = "close"
-        lines = [f"HTTP/1.1 {response.status} {PHRASES[response.status]}"]
-        lines += [f"{name}: {value}" for name, value in response.headers.items()]
-        body = b"" if request and request.method == "HEAD" else response.body
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+    def _write(self, response: Response, last: bool = False) -> None:
+        body, head = response.body, self._reader.head
+        last = last or head is None or head.last or self._router.stopping
+        data = _render(response.status, response.headers, len(body), last, int(time.time()))
+        self.transport.write(data if head and head.method == "HEAD" else data + body)
         if last:
             self._close()
 
     def _close(self) -> None:
-        """End the connection so that the client can read the last answer.
-
-        To close a socket with bytes unread would reset it: so where more may come, only our side
-        is closed, and what still comes is read and dropped for a while.
-        """
+        # To close a socket with bytes unread would reset it, and lose the answer: where more may
+        # come, only our side is closed, and what still comes is read and dropped for a while.
         self._closing = True
         if self._ended or self._reader.empty or not self.transport.can_write_eof():
             self.transport.close()
@@ -1235,32 +1275,20 @@ class HTTPConnection(asyncio.Protocol):
             self.transport.resume_reading()
             self.transport.write_eof()
 
-    def _hand_over(self, protocol: asyncio.Protocol) -> None:
-        self._closing = True
-        self._shared.connections.discard(self)
-        self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
-        self.transport.set_protocol(protocol)
-        protocol.connection_made(self.transport)
-
 
 # --- Browser: notiflux.js, and the console that is built on it. ---
 
-CLIENT = r"""// new Notiflux(url, {token: async topic => "...", onstatus, WebSocket}), in Node too:
-// reconnects, and resumes each topic after its last message with a fresh token. onstatus hears
-// {state}: connecting, open, waiting, closed; and of one topic {topic, state}: subscribed (with
-// recovered: false where messages may be missing) or refused ({error, detail}).
+CLIENT = r"""// new Notiflux(url, {token: async topic => "...", onstatus, WebSocket}): see README.md
 export class Notiflux {
   #url; #options; #socket; #timer; #topics = new Map(); #ready = false; #keepalive = 15; #tries = 0;
   constructor(url, options) {
-    this.#url = String(url).replace(/^http/, "ws");
     this.#options = {onstatus() {}, WebSocket: globalThis.WebSocket, ...options};
-    this.#connect();
+    this.#url = String(url).replace(/^http/, "ws"); this.#connect();
   }
   // callback(message, {topic, id, time}); since is an id, "latest" or "all", to replay first
   subscribe(topic, callback, {since = ""} = {}) {
     if (!/^\S+$/.test(topic)) throw new TypeError("a topic is text without spaces");
-    this.#topics.set(topic, {callback, since, refused: false});
-    if (this.#ready) this.#join(topic);
+    this.#topics.set(topic, {callback, since, refused: false}); if (this.#ready) this.#join(topic);
   }
   unsubscribe(topic) {
     if (this.#topics.delete(topic) && this.#ready) this.#socket.send(`/unsubscribe ${topic}`);
@@ -1270,61 +1298,45 @@ export class Notiflux {
     const socket = this.#socket = new this.#options.WebSocket(this.#url, "notiflux.v1");
     const current = act => event => { if (socket === this.#socket) act(event); };
     socket.onmessage = current(({data}) => this.#hear(JSON.parse(data)));
-    socket.onclose = current(() => this.#retry());
-    socket.onerror = () => {};  // a close follows
-    this.#watch();
-    this.#options.onstatus({state: "connecting"});
+    socket.onclose = current(() => this.#retry()); socket.onerror = () => {};  // a close follows
+    this.#watch(); this.#options.onstatus({state: "connecting"});
   }
   #leave(state) {
     const socket = this.#socket;
     [this.#socket, this.#ready] = [undefined, false];  // what it still says comes too late
-    clearTimeout(this.#timer);
-    socket?.close();
-    this.#options.onstatus({state});
+    clearTimeout(this.#timer); socket?.close(); this.#options.onstatus({state});
   }
   #retry() {
-    this.#leave("waiting");
-    const most = Math.min(30_000, 1000 * 2 ** this.#tries++);
-    this.#timer = setTimeout(() => this.#connect(), Math.random() * most);
+    const pause = Math.random() * Math.min(30_000, 1000 * 2 ** this.#tries++);
+    this.#leave("waiting"); this.#timer = setTimeout(() => this.#connect(), pause);
   }
   #watch() {
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => this.#retry(), 2000 * this.#keepalive);
   }
   async #join(topic) {
-    const socket = this.#socket, subscription = this.#topics.get(topic);
-    const current = () => socket === this.#socket && subscription === this.#topics.get(topic);
+    const socket = this.#socket, known = this.#topics.get(topic);
+    const current = () => socket === this.#socket && known === this.#topics.get(topic);
     try {
       const token = await this.#options.token(topic);
-      if (current()) socket.send(`/subscribe ${topic} ${token} ${subscription.since}`);
-    } catch {
-      if (current()) this.#retry();
-    }
+      if (current()) socket.send(`/subscribe ${topic} ${token} ${known.since}`);
+    } catch { if (current()) this.#retry(); }
   }
-  #hear({event, id, topic, topics, keepalive, replayed, recovered, error, detail, ...rest}) {
-    const subscription = this.#topics.get(topic);
-    this.#keepalive = keepalive ?? this.#keepalive;
-    this.#watch();
-    if (event === "open") {
-      this.#ready = true;
-      this.#options.onstatus({state: "open"});
-      for (const name of this.#topics.keys()) this.#join(name);
-    } else if (event === "unsubscribed" && error) {
-      for (const name of topics) if (this.#topics.has(name)) this.#join(name);
-    } else if (event === "error" && subscription && !subscription.refused) {
-      subscription.refused = true;  // a fresh token may help, once
-      this.#join(topic);
-    } else if (event === "error" && subscription) {
-      this.#topics.delete(topic);
-      this.#options.onstatus({state: "refused", topic, error, detail});
-    } else if (event === "subscribed" && subscription) {
-      [subscription.refused, this.#tries] = [false, 0];
-      if (!replayed) subscription.since = id;
-      this.#options.onstatus({state: "subscribed", topic, replayed, recovered});
-    } else if (event === "message" && subscription) {
-      subscription.since = id;
-      subscription.callback(rest.message, {topic, id, time: rest.time});
-    }
+  #hear({event, id, topic, topics, keepalive, replayed, recovered, error, detail, time, message}) {
+    const known = this.#topics.get(topic), status = about => this.#options.onstatus(about);
+    this.#keepalive = keepalive ?? this.#keepalive; this.#watch();
+    if (event === "open") { this.#ready = true; status({state: "open"}); }
+    const again = event === "open" ? [...this.#topics.keys()] : error && topics || [];
+    for (const name of again) if (this.#topics.has(name)) this.#join(name);
+    if (!known) return;
+    if (event === "message" || (event === "subscribed" && !replayed)) known.since = id;
+    if (event === "message") known.callback(message, {topic, id, time});
+    if (event === "subscribed") {
+      [known.refused, this.#tries] = [false, 0];
+      status({state: "subscribed", topic, replayed, recovered});
+    } else if (event === "error" && known.refused) {
+      this.#topics.delete(topic); status({state: "refused", topic, error, detail});
+    } else if (event === "error") { known.refused = true; this.#join(topic); }  // a fresh token
   }
 }
 """
@@ -1333,69 +1345,55 @@ CONSOLE = r"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>notiflux</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-  :root { color-scheme: light dark }
-  body { font: 1rem/1.45 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 0 1rem }
-  main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)) }
-  form { padding: 0 1rem 1rem; border: 1px solid #8888 }
-  form, label { display: grid; gap: .4rem; align-content: start }
+  :root { color-scheme: light dark; font: 1rem/1.45 system-ui, sans-serif }
+  body { max-width: 60rem; margin: auto; padding: 0 1rem } small { display: block }
+  form, label { display: grid; gap: .4rem; padding-bottom: .4rem } #state { float: right }
   input, textarea, button { font: inherit; padding: .4rem; min-width: 0 }
-  #state { float: right; font-size: 1rem; font-weight: normal } small { display: block }
   #state::before { content: "\25cf  "; color: #d70 } #state[data-state=open]::before { color: #2a3 }
-  ol { list-style: none; padding: 0; overflow-wrap: anywhere } label, small { font-size: .9rem }
-  li { border-top: 1px solid #8888; padding: .4rem 0; white-space: pre-wrap }
+  ol { list-style: none; padding: 0; overflow-wrap: anywhere; white-space: pre-wrap }
 </style>
-<h1>notiflux <output id="state"></output></h1><main>
+<h1>notiflux <output id="state"></output></h1>
 <form id="subscribe"><h3>Subscribe</h3>
   <label>Token <input name="token" required autocomplete="off"></label>
-  <label>Topic <input name="topic" required pattern="\S+"></label>
-  <button>Subscribe</button>
-</form>
+  <label>Topic <input name="topic" required pattern="\S+"></label><button>Subscribe</button></form>
 <form id="broadcast"><h3>Broadcast</h3>
   <label>Token <input name="token" required autocomplete="off"></label>
   <label>Topic <input name="topic" required></label>
   <label>Message <textarea name="message" rows="2"></textarea></label>
-  <button>Broadcast</button> <output id="answer"></output>
-</form></main>
+  <button>Broadcast</button> <output id="answer"></output></form>
 <ol id="messages" aria-label="Messages" aria-live="polite"></ol>
 <script type="module">
   import {Notiflux} from "./notiflux.js";
   const at = id => document.getElementById(id), tokens = new Map();
+  const entries = event => { event.preventDefault(); return new FormData(event.target); };
   const show = (text, about, time = Date.now()) => {
     const [item, small] = ["li", "small"].map(name => document.createElement(name));
     small.textContent = `${new Date(time).toLocaleString()} · ${about}`;
-    item.append(small, text);  // as text, never as markup
+    item.append(small, typeof text === "string" ? text : JSON.stringify(text));  // never as markup
     at("messages").prepend(item);
     if (at("messages").childElementCount > 500) at("messages").lastChild.remove();
   };
   const onstatus = ({state, topic, replayed, recovered, error, detail}) => {
     const missed = recovered === false ? "messages may have been missed, " : "";
-    if (!topic) at("state").textContent = at("state").dataset.state = state;
-    else if (state === "refused") show(`${error}: ${detail}`, topic);
-    else show(`subscribed, ${missed}${replayed} from history`, topic);
+    const news = error ? `${error}: ${detail}` : `subscribed, ${missed}${replayed} from history`;
+    if (topic) show(news, topic); else at("state").textContent = at("state").dataset.state = state;
   };
   const client = new Notiflux(new URL("ws", location), {token: t => tokens.get(t), onstatus});
   at("subscribe").onsubmit = event => {
-    event.preventDefault();
-    const {token, topic} = Object.fromEntries(new FormData(event.target));
-    const text = message => typeof message === "string" ? message : JSON.stringify(message);
-    const heard = (message, {id, time}) => show(text(message), `${topic} · ${id}`, time);
-    tokens.set(topic, token);
-    client.subscribe(topic, heard, {since: "all"});
+    const {token, topic} = Object.fromEntries(entries(event));
+    const heard = (message, {id, time}) => show(message, `${topic} · ${id}`, time);
+    tokens.set(topic, token); client.subscribe(topic, heard, {since: "all"});
   };
   at("broadcast").onsubmit = async event => {
-    event.preventDefault();
-    const body = JSON.stringify(Object.fromEntries(new FormData(event.target)));
-    try {
-      const answer = await (await fetch("broadcast", {method: "POST", body})).json();
-      at("answer").textContent = answer.error ? answer.detail : JSON.stringify(answer);
-    } catch (error) {
-      at("answer").textContent = `no answer, so it may or may not have happened: ${error.message}`;
-    }
+    const body = JSON.stringify(Object.fromEntries(entries(event)));
+    const unknown = error => ({detail: `no answer, so it may have happened: ${error.message}`});
+    const asked = fetch("broadcast", {method: "POST", body}).then(reply => reply.json());
+    const answer = await asked.catch(unknown);
+    at("answer").textContent = answer.detail ?? JSON.stringify(answer);
   };
   const given = new URLSearchParams(location.hash.slice(1));
-  for (const form of document.forms)
-    for (const [field, name] of [["token", form.id], ["topic", "topic"]])
-      form.elements[field].value = given.get(name) ?? "";
+  for (const {id, elements: {token, topic}} of document.forms)
+    [token.value, topic.value] = [given.get(id) ?? "", given.get("topic") ?? ""];
 </script>
 """
 
@@ -1410,24 +1408,21 @@ PAGES = {"/": (CONSOLE.encode(), "text/html"), "/notiflux.js": (CLIENT.encode(),
 
 # --- Routes: where a path and a method become an answer. No bytes of HTTP. ---
 
-PREFLIGHT = {
-    "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
-}
-STREAM = {
-    "Content-Type": "text/event-stream",
-    "Cache-Control": "no-store",
-    "X-Accel-Buffering": "no",  # or nginx would gather events before it sends them on
-}
+PREFLIGHT = {"Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS"}
+PREFLIGHT["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID"
+CORS = (("Access-Control-Allow-Origin", "*"), ("Vary", "Origin"))
+JSON = {"Content-Type": "application/json"}
+NO_STORE = {"Cache-Control": "no-store"}  # and "no", or nginx would gather events to send them on
+STREAM = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"} | NO_STORE
+WEBSOCKET_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 section 1.3
 WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64: RFC 6455 section 4.1
 
 
 class Router:
     """Answers requests: those that HTTPConnection read, and those that websockets asks about."""
 
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
-        self.stopping = False
+    def __init__(self, daemon: Any) -> None:
+        self._daemon, self.stopping = daemon, False
         read = ["GET", "HEAD"]
         self._routes: dict[str, tuple[list[str], Any]] = {
             "/broadcast": (["POST"], self._broadcast),
@@ -1439,80 +1434,80 @@ class Router:
         }
 
     def process_request(self, connection: Any, request: Any) -> Any:
-        """Return a Response, an EventStream, or None for a WebSocket: the hook of serve()."""
-        if not isinstance(request, Request):  # websockets asks about what was handed over to it
-            return None
+        """Return a Response, a subscriber that takes over the connection, or None for later."""
         try:
-            return self._route(request)
+            return self._route(request[0])(connection, request)
         except Refusal as refusal:
-            return self.refuse(connection, request, refusal)
+            return self.refuse(connection, request[0], refusal)
 
-    def refuse(self, connection: Any, request: Request | None, refusal: Refusal) -> Response:
-        """Return the answer that says no, and log it; `request` as far as it was read."""
-        path = request.path.partition("?")[0] if request else ""
-        operation = path.lstrip("/") if path in self._routes else ""
+    def refuse(self, connection: Any, head: Head | None, refusal: Refusal) -> Response:
+        """Return the answer that says no, and log it; `head` as far as it was read."""
+        operation = head.path.lstrip("/") if head and head.path in self._routes else ""
         refusal.log(connection.peer, operation or "request")
         body = {"error": refusal.code, "detail": refusal.detail}
-        return self._respond(request, refusal.status, body, refusal.headers)
+        return self._respond(head, refusal.status, body, refusal.headers)
 
-    def _route(self, request: Request) -> Any:
-        origins, allowed = request.headers["origin"], self._shared.settings.allowed_origins
-        refuse_if(len(origins) > 1, 400, "more than one Origin header")
-        elsewhere = origins and allowed is not None and origins[0].lower() not in allowed
-        refuse_if(elsewhere, 403, "this origin is not one of ALLOWED_ORIGINS")
-        path, query, _ = request.path.partition("?")
-        methods, answer = self._routes.get(path, ([], None))
-        if query and path not in ("/sse", "/messages"):
+    def _route(self, head: Head) -> Any:
+        if origins := head.headers["origin"]:
+            refuse_if(len(origins) > 1, 400, "more than one Origin header")
+            refuse_if(not self._open(head), 403, "this origin is not one of ALLOWED_ORIGINS")
+        methods, answer = self._routes.get(head.path, ([], None))
+        if head.query and head.path not in ("/sse", "/messages"):
             answer = None
-        if request.method == "OPTIONS" and (answer or path == "*"):
-            return self._respond(request, 204, b"", PREFLIGHT)
+        if head.method == "OPTIONS" and (answer or head.path == "*"):
+            return lambda connection, request: self._respond(head, 204, b"", PREFLIGHT)
         if answer is None:
             raise Refusal(404, f"no such path, or no query for it: {' '.join(self._routes)}")
-        if request.method not in methods:
+        if head.method not in methods:
             allow = ", ".join([*methods, "OPTIONS"])
             raise Refusal(405, f"this path takes {allow}", Allow=allow)
-        refuse_if(self.stopping and path != "/health", 503, "the server is stopping")
-        return answer(request)
+        if self.stopping and head.path != "/health":
+            raise Refusal(503, "the server is stopping")
+        return answer
 
-    def _respond(self, request: Request | None, status: int, content: Any, more: Any) -> Response:
-        """Return a response with `content`: bytes as they are, anything else as its JSON."""
-        headers, body = {**more}, content
+    def _respond(self, head: Head | None, status: int, content: Any, more: Any) -> Response:
         if not isinstance(content, bytes):
-            body = json.dumps(content).encode() + b"\n"
-            headers["Content-Type"] = "application/json"
-        if body:
-            headers["Content-Length"] = str(len(body))
-        allowed = self._shared.settings.allowed_origins
-        origins = request.headers["origin"] if request else []
-        if allowed is None or (len(origins) == 1 and origins[0].lower() in allowed):
-            headers["Access-Control-Allow-Origin"] = "*"
-        headers["Vary"] = "Origin"
-        return Response(status, headers, body)
+            content, more = json.dumps(content).encode() + b"\n", JSON | more
+        return Response(status, (*more.items(), *CORS[not self._open(head) :]), content)
 
-    def _page(self, request: Request) -> Response:
-        body, kind = PAGES[request.path]
-        more = {"Content-Type": f"{kind}; charset=utf-8", "Cache-Control": "no-cache"}
-        return self._respond(request, 200, body, more | {"Content-Security-Policy": POLICY})
+    def _open(self, head: Head | None) -> bool:
+        """Tell whether pages of the request's origin may read the answer."""
+        allowed = self._daemon.settings.allowed_origins
+        origins = head.headers["origin"] if head else []
+        return allowed is None or (len(origins) == 1 and origins[0].lower() in allowed)
 
-    def _health(self, request: Request) -> Response:
+    def _page(self, connection: Any, request: Request) -> Response:
+        body, kind = PAGES[request[0].path]
+        more = {"Content-Type": f"{kind}; charset=utf-8", "Content-Security-Policy": POLICY}
+        return self._respond(request[0], 200, body, more | {"Cache-Control": "no-cache"})
+
+    def _health(self, connection: Any, request: Request) -> Response:
         status, word = (503, "stopping") if self.stopping else (200, "ok")
-        return self._respond(request, status, {"status": word}, {"Cache-Control": "no-store"})
+        return self._respond(request[0], status, {"status": word}, NO_STORE)
 
-    def _websocket(self, request: Request) -> None:
-        """Raise Refusal unless this is a good WebSocket handshake (RFC 6455 section 4.2.1)."""
-        upgrade = "upgrade" in request.tokens("connection") and request.version == (1, 1)
-        if not upgrade or request.tokens("upgrade") != ["websocket"] or request.method != "GET":
+    def _websocket(self, connection: Any, request: Request) -> WebSocketSubscriber:
+        """Return the subscriber that a good handshake makes (RFC 6455 section 4.2)."""
+        head, headers = request[0], request[0].headers
+        upgrade = "upgrade" in list_members(headers, "connection") and head.version == (1, 1)
+        if not upgrade or list_members(headers, "upgrade") != ["websocket"] or head.method != "GET":
             why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
             raise Refusal(426, why)
-        versions, keys = (request.headers[f"sec-websocket-{name}"] for name in ("version", "key"))
+        versions, keys = (headers[f"sec-websocket-{name}"] for name in ("version", "key"))
         good = len(versions) == len(keys) == 1 and WEBSOCKET_KEY.fullmatch(keys[0])
         refuse_if(not good, 400, "a malformed WebSocket handshake")
         refuse_if(versions[0] != "13", 426, "this server speaks WebSocket version 13")
-        request.tokens("sec-websocket-protocol")
+        list_members(headers, "sec-websocket-protocol")
+        offers = ",".join(headers["sec-websocket-protocol"])
+        json_mode = SUBPROTOCOL in re.split("[, \t]+", offers)  # case matters
+        accept = base64.b64encode(hashlib.sha1((keys[0] + WEBSOCKET_GUID).encode()).digest())
+        more = {"Upgrade": "websocket", "Connection": "Upgrade"}
+        more["Sec-WebSocket-Accept"] = accept.decode()
+        more |= {"Sec-WebSocket-Protocol": SUBPROTOCOL} if json_mode else {}
+        return WebSocketSubscriber(self._daemon, Response(101, tuple(more.items())), json_mode)
 
-    def _broadcast(self, request: Request) -> Response:
+    def _broadcast(self, connection: Any, request: Request) -> None:
         try:
-            body = parse_json(request.body)
+            body = parse_json(request[1])
         except ValueError as exc:
             raise Refusal(400, "the body is not JSON") from exc
         refuse_if(not isinstance(body, dict), 400, "the body is not a JSON object")
@@ -1521,50 +1516,52 @@ class Router:
         refuse_if(not is_texts(topics), 400, "topic is a string, topics a list of strings")
         topics = check_topics(topics, limit=1000)
         refuse_if("message" not in body, 400, "message is missing")
-        self._authorize(request, body, "broadcast", topics)
-        message_id, delivered = self._shared.hub.broadcast(topics, body["message"])
-        return self._respond(request, 200, {"id": message_id, "delivered": delivered}, {})
+        self._authorize(request[0], body, "broadcast", topics)
 
-    def _event_stream(self, request: Request) -> Response | EventStream:
-        query, head = self._query(request), self._respond(request, 200, b"", STREAM)
-        return head if request.method == "HEAD" else EventStream(self._shared, head, *query)
+        def done(message_id: str, delivered: int) -> None:
+            content = f'{{"id": "{message_id}", "delivered": {delivered}}}\n'.encode()
+            connection.answer(self._respond(request[0], 200, content, JSON))
 
-    def _messages(self, request: Request) -> Response:
-        topics, _, since = self._query(request)
-        history, room = self._shared.hub.history, self._shared.settings.max_buffer_bytes
+        self._daemon.hub.broadcast(topics, body["message"], done)
+
+    def _event_stream(self, connection: Any, request: Request) -> Response | EventStream:
+        head, query = request[0], self._query(request[0])
+        more = {"Connection": "close"} if head.method == "GET" else {}
+        start = self._respond(head, 200, b"", STREAM | more)
+        return EventStream(self._daemon, start, *query) if more else start
+
+    def _messages(self, connection: Any, request: Request) -> Response:
+        topics, _, since = self._query(request[0])
+        history, room = self._daemon.hub.history, self._daemon.settings.max_buffer_bytes
         found, recovered = history.since(topics, since or "all")
         sizes = itertools.accumulate(message.size for message in found)
         page = [m for m, size in zip(found, sizes, strict=True) if size <= room] or found[:1]
         position = history.position if page == found else page[-1].id
         items = ",".join(f"{{{message.members}}}" for message in page)
         body = f'{{"id":"{position}","recovered":{dump_json(recovered)},"messages":[{items}]}}\n'
-        more = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-        return self._respond(request, 200, body.encode(), more)
+        return self._respond(request[0], 200, body.encode(), JSON | NO_STORE)
 
-    def _query(self, request: Request) -> tuple[list[str], Claims, str]:
-        """Return the topics and `since` of a query, and what grants it. Raises Refusal."""
+    def _query(self, head: Head) -> tuple[list[str], Claims, str]:
         try:
-            query = request.path.partition("?")[2]
-            pairs = urllib.parse.parse_qsl(query, True, True, errors="strict")
+            pairs = urllib.parse.parse_qsl(head.query[1:], True, True, errors="strict")
         except ValueError as exc:
             raise Refusal(400, "a malformed query") from exc
         topics, sinces = ([v for name, v in pairs if name == n] for n in ("topic", "since"))
         known = len(sinces) <= 1 and len(topics) + len(sinces) == len(pairs)
         refuse_if(not known, 400, "a query has topics, and one since at most; no token")
-        topics = check_topics(topics, self._shared.settings.max_topics)
-        since = ([v for v in request.headers["last-event-id"] if v] or sinces or [""])[0]
+        topics = check_topics(topics, self._daemon.settings.max_topics)
+        since = ([v for v in head.headers["last-event-id"] if v] or sinces or [""])[0]
         refuse_if(since and not SINCE.fullmatch(since), 400, BAD_SINCE)
-        return topics, self._authorize(request, {}, "subscribe", topics), since
+        return topics, self._authorize(head, {}, "subscribe", topics), since
 
-    def _authorize(self, request: Request, body: Any, scope: str, topics: list[str]) -> Claims:
-        """Return the claims of the token in the header or the body. Raises Refusal."""
-        headers = request.headers["authorization"]
-        tokens = [value[7:].strip(" ") for value in headers if value[:7].lower() == "bearer "]
-        tokens += [body["token"]] if "token" in body else []
+    def _authorize(self, head: Head, body: Any, scope: str, topics: list[str]) -> Any:
+        tokens = [body["token"]] if "token" in body else []
+        if headers := head.headers["authorization"]:
+            tokens += [value[7:].strip(" ") for value in headers if value[:7].lower() == "bearer "]
         refuse_if(len(headers) > 1 or len(tokens) > 1, 400, "more than one token")
         refuse_if(not tokens, 401, "no token: it goes into the body, or Authorization: Bearer")
-        refuse_if(not isinstance(tokens[0], str) or not tokens[0], 400, "token is a string")
-        return self._shared.verifier.authorize(tokens[0], scope, topics)
+        refuse_if(type(tokens[0]) is not str or not tokens[0], 400, "token is a string")
+        return self._daemon.verifier.authorize(tokens[0], scope, topics)
 
 
 # --- Observation: what the operator sees. ---
@@ -1577,13 +1574,13 @@ class LogFormatter(logging.Formatter):
 
     def __init__(self, journal: bool) -> None:
         super().__init__()
-        self._journal = journal
+        self.journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
         line = printable(record.getMessage(), 2000)
         if record.exc_info:
             line += f" traceback={printable(self.formatException(record.exc_info), 8000)}"
-        if self._journal:
+        if self.journal:
             return f"<{PRIORITIES.get(record.levelno, 3)}>{line}"
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         return f"{when} {record.levelname.lower()} {line}"
@@ -1603,57 +1600,84 @@ def start_logging(level: str, journal_stream: str) -> None:
 # --- Daemon: wires the rooms, and carries them from listening to drained. ---
 
 
-def _tls_context(settings: Settings) -> ssl.SSLContext | None:
-    """Return the context for https and wss, None without. Raises SettingsError."""
-    if settings.tls_cert_file is None:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 and newer
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, password="")
-    except OSError as exc:  # ssl.SSLError is one
-        expected = "a certificate chain in PEM and its key"
-        raise SettingsError(f"TLS_CERT_FILE, TLS_KEY_FILE: expected {expected}") from exc
-    return context
+class Selector(selectors.DefaultSelector):
+    """Reports READY_MAX sockets at most, in turn: so no turn of the loop takes long."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        epoll, keys = getattr(self, "_selector", None), getattr(self, "_fd_to_key", None)
+        if epoll is None or keys is None or not hasattr(select, "epoll"):  # Python 3.11 to 3.13
+            return super().select(timeout)
+        wait_s = -1 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
+        # What is neither is an error, of which both hear: EVENT_READ is 1, EVENT_WRITE 2.
+        not_in, not_out = ~select.EPOLLIN, ~select.EPOLLOUT
+        found = epoll.poll(wait_s, READY_MAX)
+        ready = ((fd, bool(e & not_out) + 2 * bool(e & not_in)) for fd, e in found)
+        return [(keys[fd], event & keys[fd].events) for fd, event in ready if fd in keys]
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """asyncio's, but it takes a connection without a task and a future (Python 3.11 to 3.13)."""
+
+    def _accept_connection(self, factory: Any, sock: Any, *rest: Any) -> None:
+        tls, server, backlog, *timeouts = rest
+        if tls is None:
+            with contextlib.suppress(OSError):  # nobody waits, or no descriptor is left
+                for _ in range(ACCEPT_MAX):
+                    client = sock.accept()[0]
+                    client.setblocking(False)
+                    self._make_socket_transport(client, factory())  # type: ignore[attr-defined]
+                return
+        rest = tls, server, min(backlog, ACCEPT_MAX), *timeouts
+        super()._accept_connection(factory, sock, *rest)  # type: ignore[misc]
 
 
 class Daemon:
     """The server. All of it runs in the loop that calls run(). Raises SettingsError."""
 
     def __init__(self, settings: Settings) -> None:
-        verifier = TokenVerifier(load_keys(settings))
+        self.verifier = TokenVerifier(load_keys(settings))
         allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64
         if (settings.max_connections or 1) > allowed:
             raise SettingsError(f"MAX_CONNECTIONS: expected at most {allowed}, as open files allow")
         self.settings = replace(settings, max_connections=settings.max_connections or allowed)
-        self.connections: set[HTTPConnection | WebSocketSubscriber | EventStream] = set()
         bounds = settings.history_size, settings.history_seconds, settings.history_bytes
-        self.hub = Hub(History(*bounds))
-        self._shared = Shared(self.settings, verifier, self.hub, self.connections)
-        self._router = Router(self._shared)
-        self._tls = _tls_context(settings)
+        self.hub = Hub(History(*bounds), min(BATCH_MAX, settings.max_buffer_bytes // 8))
+        self.clients: set[HTTPConnection] = set()  # that may send requests
+        self.beats: OrderedDict[BaseSubscriber, float] = OrderedDict()  # and when each is due
+        self._router = Router(self)
+        self._tls: ssl.SSLContext | None = None
+        if settings.tls_cert_file is not None:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 and newer
+            self._tls.set_alpn_protocols(["http/1.1"])
+            try:
+                self._tls.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, "")
+            except OSError as exc:  # ssl.SSLError is one
+                expected = "a certificate chain in PEM and its key"
+                raise SettingsError(f"TLS_CERT_FILE, TLS_KEY_FILE: expected {expected}") from exc
         self._stop = asyncio.Event()
+
+    @property
+    def connections(self) -> list[HTTPConnection | BaseSubscriber]:
+        """All that are open, of whatever kind."""
+        return [*self.clients, *self.beats]
 
     async def run(self, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
         """Serve until stop() is called; call `listening` with the URLs. Raises CommandError."""
+        self.hub.call_soon = asyncio.get_running_loop().call_soon
         try:
             server = await self._serve()
         except (OSError, UnicodeError) as exc:
             port = "" if self.settings.host.startswith("unix:") else f":{self.settings.port}"
             why = f"{self.settings.host}{port}: {getattr(exc, 'strerror', None) or exc}"
             raise CommandError(f"HOST, PORT: cannot listen on {why}") from exc
+        urls, scheme = [], "https" if self._tls else "http"
         for listener in server.sockets:
-            # asyncio takes as many at once as may wait: too many then fail with EMFILE.
-            with socket.socket(fileno=os.dup(listener.fileno())) as same:
-                same.listen(LISTEN_QUEUE)
             with contextlib.suppress(AttributeError, OSError):  # Linux: a peer that acknowledges
                 silence_ms = int(2000 * self.settings.ping_interval)  # nothing is gone
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
-        names = [address(listener.getsockname()) for listener in server.sockets]
-        scheme = "https://" if self._tls else "http://"
-        urls = [name if name.startswith("unix:") else scheme + name for name in names]
-        for url in urls:
-            log.info("listening url=%s version=%s", url, VERSION)
+            name = address(listener.getsockname())
+            urls.append(name if name.startswith("unix:") else f"{scheme}://{name}")
+            log.info("listening url=%s version=%s", urls[-1], VERSION)
         listening(urls)
         self._sweep()
         await self._stop.wait()
@@ -1669,7 +1693,7 @@ class Daemon:
         """Read the keys again. A bad file leaves the old keys in force, and is logged."""
         try:
             keys = load_keys(self.settings)
-            self._shared.verifier.replace_keys(keys)
+            self.verifier.replace_keys(keys)
             log.info("reloaded keys=%d", len(keys))
         except SettingsError as exc:
             log.error("reload failed, the old keys stay: %s", exc)
@@ -1685,40 +1709,41 @@ class Daemon:
             if error not in (errno.ECONNREFUSED, errno.ENOENT):
                 raise OSError(error, os.strerror(error))
 
-        connection = functools.partial(HTTPConnection, self._shared, self._router)
-        return await websockets.asyncio.server.serve(
-            WebSocketSubscriber.run,  # type: ignore[arg-type]
-            **where,
-            create_connection=connection,  # type: ignore[arg-type]
-            process_request=self._router.process_request,
-            compression=None,
-            server_header=None,
-            max_size=COMMAND_MAX,
-            ping_interval=None,  # _sweep pings everybody, without a task for each
-            close_timeout=CLOSE_TIMEOUT_S,
-            ssl=self._tls,
-            backlog=ACCEPT_MAX,
-        )
+        connection: Any = functools.partial(HTTPConnection, self, self._router)
+        hook, handler = self._router.process_request, cast(Any, None)  # which would be a task each
+        where |= {"process_request": hook, "create_connection": connection, "ssl": self._tls}
+        return await websockets.asyncio.server.serve(handler, backlog=LISTEN_QUEUE, **where)
 
     def _sweep(self) -> None:
-        """Look at every connection's deadlines, again and again."""
-        loop = asyncio.get_running_loop()
-        if not self._stop.is_set():  # then _drain calls it
-            loop.call_later(min(SWEEP_S, self.settings.ping_interval / 4), self._sweep)
-        for connection in tuple(self.connections):
-            connection.tick(loop.time())
+        loop, beats = asyncio.get_running_loop(), self.beats
+        now = loop.time()
+        for connection in tuple(self.clients):
+            connection.tick(now)
+        for subscriber in tuple(self.beats):
+            subscriber.expire()
+        due = itertools.takewhile(lambda item: item[1] <= now, beats.items())
+        for subscriber, _ in tuple(itertools.islice(due, BEATS_MAX)):
+            beats.move_to_end(subscriber)
+            beats[subscriber] = now + self.settings.ping_interval
+            subscriber.beat()
         self.hub.history.expire(time.monotonic(), at_most=10_000)  # some 20 ms
+        if not self._stop.is_set():  # then _drain calls it
+            late = any(at <= now for at in itertools.islice(beats.values(), 1))
+            pause = 0.01 if late else min(SWEEP_S, self.settings.ping_interval / 4)
+            loop.call_later(pause, self._sweep)
 
     async def _drain(self, server: websockets.asyncio.server.Server) -> None:
-        loop = asyncio.get_running_loop()
+        loop, subscribers = asyncio.get_running_loop(), list(self.beats)
         deadline = loop.time() + self.settings.stop_timeout
         log.info("stopping connections=%d", len(self.connections))
         self._router.stopping = True
         server.close(close_connections=False)  # the listening sockets, at once
-        for connection in tuple(self.connections):
-            if isinstance(connection, BaseSubscriber):
-                connection.dismiss(1012, "the server restarts: reconnect after a random pause")
+        # In half of the time, so that not all of them come back at once.
+        share = math.ceil(len(subscribers) / max(1, self.settings.stop_timeout / 2 / 0.02))
         while self.connections and loop.time() < deadline:
+            for subscriber in subscribers[:share]:
+                subscriber.dismiss(1012, "the server restarts: reconnect after a random pause")
+            del subscribers[:share]
             await asyncio.sleep(0.02)
             self._sweep()
         log.info("stopped connections_cut=%d", len(self.connections))
@@ -1734,13 +1759,15 @@ class Daemon:
 
 WELCOME = """\
 notiflux {version}, with a throwaway key: FOR TRYING IT OUT, NOT FOR PRODUCTION. Ctrl-C stops it.
-In a browser:
-   {url}/#topic=news&subscribe={subscribe}&broadcast={broadcast}
+In a browser: {url}/#topic=news&subscribe={subscribe}&broadcast={broadcast}
 In two more terminals:
    {python} {file} subscribe news --url {url} --token {subscribe}
    curl {url}/broadcast -d '{{"topic": "news", "message": "hello", "token": "{broadcast}"}}'
 The tokens are good for every topic, until this stops. What next: README.md, "Deployment".
 """
+
+
+NO_ANSWER = (OSError, ValueError, LookupError, TypeError, http.client.HTTPException)
 
 
 def _new_keys() -> tuple[bytes, bytes]:
@@ -1751,13 +1778,14 @@ def _new_keys() -> tuple[bytes, bytes]:
 
 
 def _private_key(path: str) -> ec.EllipticCurvePrivateKey:
-    with contextlib.suppress(ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
-        try:
-            key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
-        except OSError as exc:
-            raise CommandError(f"cannot read {path}: {exc.strerror}") from exc
+    try:
+        key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
         if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
             return key
+    except OSError as exc:
+        raise CommandError(f"cannot read {path}: {exc.strerror}") from exc
+    except (ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
+        pass
     raise CommandError(f"{path}: expected an EC P-256 private key in PEM")
 
 
@@ -1768,7 +1796,6 @@ def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], expires_
 
 
 def _client_token(options: argparse.Namespace, scope: str, topics: list[str]) -> str:
-    """Return the token that a client command was given, or a new one made with its key."""
     given = options.token or ("" if options.key else os.environ.get("NOTIFLUX_TOKEN"))
     path = options.key or os.environ.get("NOTIFLUX_KEY_FILE", "")
     if not given and not path:
@@ -1788,52 +1815,45 @@ def _settings(**changes: str) -> Settings:
     return settings
 
 
-async def _serve(settings: Settings, listening: Callable[[list[str]], None]) -> None:
-    """Run the daemon in this process, with its signals."""
+def _run(settings: Settings, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
     if os.environ.get("WORKER_COUNT"):
         log.info("ignored WORKER_COUNT: one process serves all")
-    daemon, loop = Daemon(settings), asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, daemon.stop)
-    loop.add_signal_handler(signal.SIGINT, daemon.stop)
-    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
-    gc.freeze()  # with rarer collections, a third less for a crowd that connects at once
-    gc.set_threshold(50_000, 20, 50)
-    await daemon.run(listening)
-
-
-def run_command(options: argparse.Namespace) -> None:
-    """run the daemon; its settings come from the environment"""
-    asyncio.run(_serve(_settings(), lambda urls: None))
+    with asyncio.Runner(loop_factory=lambda: Loop(Selector())) as runner:
+        daemon, loop = Daemon(settings), runner.get_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, daemon.stop)
+        loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+        gc.freeze()  # with rarer collections, a third less for a crowd that connects at once
+        gc.set_threshold(50_000, 20, 50)
+        runner.run(daemon.run(listening))
 
 
 def dev_command(options: argparse.Namespace) -> None:
     """run the daemon with a throwaway key, and print what to type next"""
     private, public = _new_keys()
-    encoded = base64.b64encode(public).decode()
-    settings = _settings(JWT_PUBLIC_KEY_B64=encoded, JWT_PUBLIC_KEY_FILE="")
+    in_b64 = base64.b64encode(public).decode()
 
     def welcome(urls: list[str]) -> None:
         tokens = {s: _sign(private, s, [], [""], 365 * 86400) for s in ("subscribe", "broadcast")}
         places = {"url": urls[0], "python": sys.executable, "file": sys.argv[0]}
         print(WELCOME.format(version=VERSION, **places, **tokens), flush=True)
 
-    asyncio.run(_serve(settings, welcome))
+    _run(_settings(JWT_PUBLIC_KEY_B64=in_b64, JWT_PUBLIC_KEY_FILE=""), welcome)
 
 
 def keygen_command(options: argparse.Namespace) -> None:
     """make the key pair: private.pem signs tokens, public.pem is the daemon's"""
-    private, public = _new_keys()
-    files = [("private.pem", 0o600, private), ("public.pem", 0o644, public)]
-    if any(Path(options.directory, name).exists() for name, _, _ in files):
-        raise CommandError(f"{options.directory}: private.pem or public.pem is there already")
-    for name, mode, pem in files:
-        path = Path(options.directory, name)
-        try:
-            path.parent.mkdir(0o700, exist_ok=True)
+    (private, public), folder = _new_keys(), Path(options.directory)
+    files = [(folder / "private.pem", 0o600, private), (folder / "public.pem", 0o644, public)]
+    if any(path.exists() for path, _, _ in files):
+        raise CommandError(f"{folder}: private.pem or public.pem is there already")
+    try:
+        folder.mkdir(0o700, exist_ok=True)
+        for path, mode, pem in files:
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
                 file.write(pem)
-        except OSError as exc:
-            raise CommandError(f"cannot write {path}: {exc.strerror}") from exc
+    except OSError as exc:
+        raise CommandError(f"cannot write {exc.filename or folder}: {exc.strerror}") from exc
     print(f"JWT_PUBLIC_KEY_B64={base64.b64encode(public).decode()}")
 
 
@@ -1843,102 +1863,88 @@ def token_command(options: argparse.Namespace) -> None:
         options.wrong_usage("expected --key or NOTIFLUX_KEY_FILE, and a topic or --prefix")
     key = _private_key(options.key)
     token = _sign(key, options.scope, options.topic, options.prefix, options.expires)
-    try:
-        TokenVerifier([key.public_key()]).verify(token)
-    except Refusal as refusal:  # too long, or a topic that is no text
-        raise CommandError(f"no daemon would take this token: {refusal}") from refusal
+    TokenVerifier([key.public_key()]).verify(token)  # it may be too long
     print(token)
 
 
 def check_command(options: argparse.Namespace) -> None:
     """check settings and key, or say what a token grants"""
-    try:
-        settings = _settings()
-        Daemon(settings)
-        claims = options.token and TokenVerifier(load_keys(settings)).verify(options.token)
-    except (SettingsError, Refusal) as exc:
-        raise CommandError(str(exc)) from exc
+    Daemon(settings := _settings())
+    claims = options.token and TokenVerifier(load_keys(settings)).verify(options.token)
     print("settings and key are good")
     if claims:
-        topics = [*sorted(claims.topics), *(prefix + "..." for prefix in claims.topic_prefixes)]
+        topics = [*sorted(claims.topics), *(f"{prefix}..." for prefix in claims.topic_prefixes)]
         print(f"{claims.scope}: {', '.join(map(printable, topics))}")
         print(f"good for another {max(0, round(claims.exp - time.time()))} s")
 
 
+def _ask(options: argparse.Namespace, path: str, body: bytes | None, **headers: str) -> Any:
+    import urllib.request  # large, and of no use to the daemon
+
+    request = urllib.request.Request(options.url.rstrip("/") + path, body, headers)
+    try:
+        return urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as exc:
+        if body is None and exc.code >= 500:  # may be tried again
+            raise
+        said = ""
+        with contextlib.suppress(*NO_ANSWER):  # a proxy's, cut off
+            said = printable(exc.read(1000).decode(errors="replace").strip(), 1000)
+        raise CommandError(f"refused: {exc.code} {said}") from exc
+
+
 def publish_command(options: argparse.Namespace) -> None:
     """broadcast one message, and print its id and how many it reached"""
-    import http.client  # large, and of no use to the daemon
-    import urllib.request
-
     token, message = _client_token(options, "broadcast", [options.topic]), options.message
     try:
         if message == "-":
             message = sys.stdin.buffer.read().decode().removesuffix("\n")
         body = json.dumps({"topic": options.topic, "message": message, "token": token}).encode()
-        with urllib.request.urlopen(f"{options.url}/broadcast", body, timeout=30) as response:
+        with _ask(options, "/broadcast", body) as response:
             answer = json.load(response)
             print(answer["id"], answer["delivered"])
-    except urllib.error.HTTPError as exc:
-        said = ""
-        with contextlib.suppress(OSError, http.client.HTTPException):  # a proxy's, cut off
-            said = printable(exc.read(1000).decode(errors="replace").strip(), 1000)
-        raise CommandError(f"not broadcast: {exc.code} {said}") from exc
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as exc:
+    except NO_ANSWER as exc:
         raise CommandError(f"no answer, so it may or may not have happened: {exc}") from exc
 
 
-def _print_event(event: Any, positions: dict[str, str], as_json: bool) -> Iterable[str]:
-    """Print what there is to print, and return which topics to subscribe to after it."""
-    kind, topic = event["event"], event.get("topic")
-    if kind == "error":
-        raise CommandError(f"{topic}: {event['detail']}")
-    if kind == "subscribed" and event.get("recovered") is False:
-        print(f"notiflux: {topic}: messages may have been missed", file=sys.stderr)
-    if kind == "message" or (kind == "subscribed" and not event["replayed"]):
-        positions[topic] = event["id"]
-    if kind == "message":
+def _print_event(event: Any, as_json: bool) -> None:
+    if event.get("recovered") is False:
+        topics = ", ".join(map(printable, event["topics"]))
+        print(f"notiflux: {topics}: messages may have been missed", file=sys.stderr)
+    if event["event"] == "message":
         text = event if as_json else event["message"]
         print(text if isinstance(text, str) else dump_json(text), flush=True)
-    return positions if kind == "open" else event["topics"] if kind == "unsubscribed" else ()
-
-
-async def _print_messages(options: argparse.Namespace) -> None:
-    "".join(options.topic).encode()  # or what cannot be sent would be tried for ever
-    positions = dict.fromkeys(options.topic, options.since)
-
-    def failed(exc: Exception) -> Exception | None:
-        print(f"notiflux: cannot connect: {exc}", file=sys.stderr)
-        # The library's own choice: None to try again. Not exported (15.0 to 17.4).
-        return websockets.asyncio.client.process_exception(exc)  # type: ignore[attr-defined]
-
-    url, offered = re.sub("^http", "ws", options.url) + "/ws", [SUBPROTOCOL]
-    connect = functools.partial(websockets.asyncio.client.connect, process_exception=failed)
-    async for connection in connect(url, subprotocols=offered, max_size=None):
-        with contextlib.suppress(ConnectionClosed):
-            async for text in connection:
-                for topic in _print_event(json.loads(text), positions, options.json):
-                    token = _client_token(options, "subscribe", [topic])
-                    await connection.send(f"/subscribe {topic} {token} {positions[topic]}")
-        await asyncio.sleep(random.random())
 
 
 def subscribe_command(options: argparse.Namespace) -> None:
     """print messages as they come; reconnect and resume by itself"""
-    try:
-        asyncio.run(_print_messages(options))
-    except (WebSocketException, ValueError, LookupError, TypeError) as exc:
-        raise CommandError(f"{options.url} does not answer as notiflux would: {exc}") from exc
+    topics, since = [("topic", topic) for topic in options.topic], options.since
+    while True:
+        more = [("since", since)] if since else []
+        path = "/sse?" + urllib.parse.urlencode([*topics, *more])
+        bearer = f"Bearer {_client_token(options, 'subscribe', options.topic)}"
+        try:
+            with _ask(options, path, None, Authorization=bearer) as stream:
+                if stream.headers.get_content_type() != "text/event-stream":
+                    raise CommandError(f"{options.url} does not answer as notiflux would")
+                for line in stream:
+                    name, _, value = line.decode().rstrip("\n").partition(": ")
+                    since = value if name == "id" else since
+                    if name == "data":
+                        _print_event(json.loads(value), options.json)
+        except NO_ANSWER as exc:
+            print(f"notiflux: cannot connect: {exc}", file=sys.stderr)
+        time.sleep(random.random())
 
 
 def _parser() -> argparse.ArgumentParser:
-    settings = (
-        f"  {f.name.upper()} ({f.metadata['default'] or 'unset'})\n      {f.metadata['meaning']}"
-        for f in fields(Settings)
-    )
-    epilog = "\n".join(["Settings, from the environment:", *settings])
+    epilog = "Settings, from the environment:"
+    for each in fields(Settings):
+        default, meaning = each.metadata["default"] or "unset", each.metadata["meaning"]
+        epilog += f"\n  {each.name.upper()} ({default})\n      {meaning}"
     parser = argparse.ArgumentParser("notiflux.py", description=__doc__, epilog=epilog)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(command=run_command)
+    parser.set_defaults(command=lambda options: _run(_settings()))
     commands = parser.add_subparsers(title="commands", metavar="")
 
     def add(command: Callable[[argparse.Namespace], None]) -> Callable[..., Any]:
@@ -1953,8 +1959,7 @@ def _parser() -> argparse.ArgumentParser:
     token("scope", choices=["subscribe", "broadcast"])
     token("topic", nargs="*", help="a topic that the token is for")
     token("--prefix", action="append", default=[], help="all topics that begin so")
-    key_file = os.environ.get("NOTIFLUX_KEY_FILE")
-    token("--key", default=key_file, help="private.pem (NOTIFLUX_KEY_FILE)")
+    token("--key", default=os.environ.get("NOTIFLUX_KEY_FILE"), help="private.pem")
     token("--expires", type=_duration, default=60, help="how long it is good (60s)")
     add(check_command)("token", nargs="?")
     publish, subscribe = add(publish_command), add(subscribe_command)
@@ -1965,13 +1970,11 @@ def _parser() -> argparse.ArgumentParser:
     subscribe("--json", action="store_true", help="one JSON object a line")
     url = os.environ.get("NOTIFLUX_URL") or "http://127.0.0.1:8080"
     for client in (publish, subscribe):
-        client(
-            "--url", default=url, type=lambda u: u.rstrip("/"), help="of the daemon (%(default)s)"
-        )
+        client("--url", default=url, help="of the daemon (%(default)s)")
         client("--token", help="one to use (NOTIFLUX_TOKEN)")
         client("--key", help="private.pem, to make tokens with (NOTIFLUX_KEY_FILE)")
-    for each in (parser, *commands.choices.values()):
-        each.add_argument("--version", action="version", version=f"notiflux {VERSION}")
+    for one in (parser, *commands.choices.values()):
+        one.add_argument("--version", action="version", version=f"notiflux {VERSION}")
     return parser
 
 
@@ -1981,9 +1984,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
         sys.stdout.flush()
-    except CommandError as exc:
+    except (CommandError, Refusal, UnicodeError) as exc:  # UnicodeError: a topic that is no text
         print(f"notiflux: {exc}", file=sys.stderr)
-        return exc.exit_code
+        return 78 if isinstance(exc, SettingsError) and options.command != check_command else 1
     except KeyboardInterrupt:
         return 130  # as a shell says it
     except OSError as exc:  # standard output is full, or closed

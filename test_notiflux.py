@@ -1062,55 +1062,210 @@ class Listener:
 
     def __init__(self):
         self.topics = set()
-        self.heard = []
+        self.frames = []
 
     @staticmethod
     def encode(message):
-        return message.topic, message.id, message.payload
+        return f"{message.topic} {message.id} {message.payload.decode()}\n".encode()
 
     def deliver(self, frame):
-        self.heard.append(frame)
-        return True
+        self.frames.append(frame)
+
+    @property
+    def heard(self):
+        lines = b"".join(self.frames).decode().splitlines()
+        return [(topic, int(i.partition("-")[2]), text) for topic, i, text in map(str.split, lines)]
 
 
-def test_the_hub_agrees_with_a_model(seed):
-    """Random joins, leaves and broadcasts: everyone hears exactly what a simple model says."""
-    chance = random.Random(seed)
-    hub = notiflux.Hub(notiflux.History(0, 0, 0))
-    listeners = [Listener() for _ in range(8)]
+class OtherListener(Listener):
+    """One of another mode."""
+
+    @staticmethod
+    def encode(message):
+        return Listener.encode(message)
+
+
+class Turns:
+    """A loop that is a list: what the hub wants to do soon is done when a test says so."""
+
+    def __init__(self, **bounds):
+        self.soon = []
+        self.hub = notiflux.Hub(notiflux.History(0, 0, 0), bounds.get("batch_max", 10**6))
+        self.hub.call_soon = self.soon.append
+
+    def turn(self):
+        due, self.soon[:] = self.soon[:], []
+        for act in due:
+            act()
+
+    def rest(self):
+        for _ in range(10_000):
+            if not self.soon:
+                return
+            self.turn()
+        raise AssertionError("the hub does not come to rest")
+
+
+def test_the_hub_agrees_with_a_model(seed, monkeypatch):
+    """I10: random joins, leaves, broadcasts and turns, cut small: each hears what was its own.
+
+    Who is on a topic when a message is broadcast hears it once, in order; who leaves no topic
+    hears all topics in the order of ids; who is gone for good hears a part, and is not counted
+    for the rest.
+    """
+    monkeypatch.setattr(notiflux, "TURN_BYTES", 3 * notiflux.DELIVERY_BYTES)
+    chance, turns = random.Random(seed), Turns(batch_max=4000)
+    hub = turns.hub
+    listeners = [chance.choice((Listener, OtherListener))() for _ in range(8)]
     model = {listener: set() for listener in listeners}
     expected = {listener: [] for listener in listeners}
+    stays = Listener()
+    for number in range(5):
+        hub.subscribe(stays, f"t{number}")
+    answers, sent, gone, seq = [], 0, [], 0
     for step in range(3000):
         listener, topic = chance.choice(listeners), f"t{chance.randrange(5)}"
-        match chance.randrange(6):
+        match chance.randrange(8):
             case 0 | 1:
                 hub.subscribe(listener, topic)
                 model[listener].add(topic)
             case 2:
                 hub.unsubscribe(listener, topic)
                 model[listener].discard(topic)
-            case 3 if chance.random() < 0.2:
+            case 3 if chance.random() < 0.2:  # all at once, and it hears no more
+                listener.deliver = lambda frame: False
                 for one in tuple(listener.topics):
                     hub.unsubscribe(listener, one)
-                model[listener].clear()
+                gone.append(listener)
+                del model[listener]
+                listeners.remove(listener)
+                listeners.append(Listener())
+                model[listeners[-1]], expected[listeners[-1]] = set(), []
+            case 4 | 5:
+                turns.turn()
             case _:
                 topics = list(dict.fromkeys([topic, f"t{chance.randrange(5)}"]))
-                last, delivered = hub.broadcast(topics, step)
-                epoch, _, seq = last.partition("-")
-                assert delivered == sum(t in model[one] for t in topics for one in listeners)
-                for back, each in enumerate(reversed(topics)):
+                for each in topics:
+                    seq += 1
+                    expected.setdefault(stays, []).append((each, seq, str(step)))
                     for one in listeners:
                         if each in model[one]:
-                            message_id = f"{epoch}-{int(seq) - back}"
-                            expected[one].append((each, message_id, b"%d" % step))
-        topics = {t for one in listeners for t in model[one]}
-        assert hub.topics == {t: {one for one in listeners if t in model[one]} for t in topics}
-        assert all(one.topics == model[one] for one in listeners)
+                            expected[one].append((each, seq, str(step)))
+                hub.broadcast(topics, step, lambda last, count: answers.append((last, count)))
+                sent += 1
+        on = {f"t{number}": {stays} for number in range(5)}
+        for one in listeners:
+            for each in model[one]:
+                on[each].add(one)
+        assert hub.topics == on and all(one.topics == model[one] for one in listeners)
+    turns.rest()
+    assert not hub._batches and not hub._waiting
+    assert stays.heard == expected[stays]
     for one in listeners:
-        assert sorted(one.heard) == sorted(expected[one])
-        assert [int(i.partition("-")[2]) for _, i, _ in one.heard] == sorted(
-            int(i.partition("-")[2]) for _, i, _ in one.heard
-        )
+        for number in range(5):
+            on_topic = [each for each in expected[one] if each[0] == f"t{number}"]
+            assert [each for each in one.heard if each[0] == f"t{number}"] == on_topic
+    for one in gone:
+        assert set(one.heard) <= set(expected[one]) and len(set(one.heard)) == len(one.heard)
+    numbers = [int(last.partition("-")[2]) for last, _ in answers]
+    assert len(answers) == sent and numbers == sorted(numbers)
+    everybody = [stays, *listeners, *gone]
+    assert sum(count for _, count in answers) == sum(len(one.heard) for one in everybody)
+
+
+def test_messages_of_one_turn_leave_in_one_write():
+    """What is broadcast while the loop has more to read is joined, and answered after its write."""
+    turns, listener, answers = Turns(), Listener(), []
+    turns.hub.subscribe(listener, "a")
+    for number in range(3):
+        turns.hub.broadcast(["a"], str(number), lambda *answer: answers.append(answer))
+        turns.turn()  # which brought one more message
+    assert not listener.frames and not answers
+    turns.rest()
+    assert [text for _, _, text in listener.heard] == ["0", "1", "2"] and len(listener.frames) == 1
+    assert [count for _, count in answers] == [1, 1, 1]
+
+
+def test_a_stream_of_messages_does_not_put_off_the_first():
+    """I4: a batch leaves after GROWING_TURNS_MAX turns, although every turn brings more."""
+    turns, listener = Turns(), Listener()
+    turns.hub.subscribe(listener, "a")
+    for number in range(notiflux.GROWING_TURNS_MAX + 1):
+        turns.hub.broadcast(["a"], str(number), lambda *answer: None)
+        assert not listener.frames
+        turns.turn()
+    assert listener.heard[0][2] == "0"
+
+
+def test_a_batch_has_a_bound():
+    """A batch is never what makes a healthy subscriber look slow."""
+    turns, listener = Turns(batch_max=3 * (notiflux.MESSAGE_OVERHEAD + 400)), Listener()
+    turns.hub.subscribe(listener, "a")
+    for _ in range(10):
+        turns.hub.broadcast(["a"], "x" * 300, lambda *answer: None)
+    turns.rest()
+    assert len(listener.heard) == 10 and 4 <= len(listener.frames) <= 10
+    turns.hub.broadcast(["a"], "x" * 10_000, lambda *answer: None)
+    turns.rest()
+    assert len(listener.heard) == 11
+
+
+def test_one_turn_sends_only_so_much():
+    """W25: a broadcast to 9,000 is cut into turns, and is answered when all have it."""
+    turns, listeners, answers = Turns(), [Listener() for _ in range(9000)], []
+    for listener in listeners:
+        turns.hub.subscribe(listener, "a")
+    for text in ("1", "2"):
+        turns.hub.broadcast(["a"], text, lambda *answer: answers.append(answer))
+        turns.turn()
+    counts = []
+    while turns.soon:
+        counts.append(sum(len(one.frames) for one in listeners))
+        assert bool(answers) == (counts[-1] == 9000)
+        turns.turn()
+        turns.hub.subscribe(listeners[0], "b")
+    steps = [b - a for a, b in zip([0, *counts], [*counts, 9000], strict=True)]
+    assert max(steps) <= notiflux.TURN_BYTES / notiflux.DELIVERY_BYTES and len(counts) >= 4
+    assert [count for _, count in answers] == [9000, 9000]
+    assert all([text for *_, text in one.heard] == ["1", "2"] for one in listeners)
+
+
+def test_one_whose_delivery_fails_costs_nobody_else_theirs():
+    """W24: the others still receive, and publishers get their answers."""
+
+    class Broken(Listener):
+        def deliver(self, frame):
+            raise RuntimeError("broken")
+
+    turns, listeners, answers = Turns(), [Listener() for _ in range(5)], []
+    for listener in [*listeners, Broken(), Broken()]:
+        turns.hub.subscribe(listener, "a")
+    turns.hub.broadcast(["a"], "1", lambda *answer: answers.append(answer))
+    for _ in range(10):
+        with contextlib.suppress(RuntimeError):
+            turns.turn()
+    assert all(len(one.heard) == 1 for one in listeners)
+    assert [count for _, count in answers] == [5] and not turns.soon
+
+
+def test_leaving_costs_what_that_connection_has():
+    """Leaving looks at its own topics only, however many others there are and have messages."""
+    looked = []
+
+    class Topics(dict):
+        def __getitem__(self, name):
+            looked.append(name)
+            return super().__getitem__(name)
+
+    turns, listeners = Turns(), [Listener() for _ in range(3)]
+    turns.hub.topics = Topics()
+    for number in range(1000):
+        turns.hub.subscribe(listeners[number % 2], f"t{number}")
+        turns.hub.broadcast([f"t{number}"], "1", lambda *answer: None)
+    turns.hub.subscribe(listeners[2], "t1")
+    looked.clear()
+    turns.hub.unsubscribe(listeners[2], "t1")
+    assert set(looked) == {"t1"} and len(looked) <= 3
 
 
 # --- Subscribers: plain mode ---
@@ -1503,7 +1658,14 @@ def test_a_slow_subscriber_gets_nothing_more_at_once(start):
         client.sendall(client_frame(f"/subscribe news {make_token()}"))
         wait_for(lambda: server.daemon.hub.topics)
         hub = server.daemon.hub
-        counts = server.call(lambda: [hub.broadcast(["news"], "x" * 90_000)[1] for _ in range(300)])
+        counts = []
+
+        def broadcast():
+            for _ in range(300):
+                hub.broadcast(["news"], "x" * 90_000, lambda _, delivered: counts.append(delivered))
+
+        server.call(broadcast)
+        wait_for(lambda: len(counts) == 300)
         assert counts[0] == 1 and counts == sorted(counts, reverse=True) and counts[-1] == 0
 
 
@@ -2044,8 +2206,9 @@ def outcome(pieces, body_max=1000):
         for piece in pieces:
             reader.feed(piece)
             while request := reader.next_request():
-                about = request.method, request.path, request.version, request.headers
-                seen.append((*about, request.body))
+                head, body = request
+                about = head.method, head.path, head.query, head.version, head.headers
+                seen.append((*about, head.last, body))
     except notiflux.Refusal as refusal:
         return [*seen, (refusal.status, refusal.detail)]
     return [*seen, reader.empty]
@@ -2468,7 +2631,7 @@ def test_an_idle_connection_keeps_no_body(server):
         read_head(client)
         (connection,) = server.daemon.connections
         wait_for(lambda: connection._state[0] == "idle")
-        assert connection._reader.request.body == b"" and connection._reader.empty
+        assert connection._reader.empty and sys.getsizeof(connection._reader._buffer) < 1000
 
 
 def test_a_handshake_after_a_request_is_served(server):
@@ -2493,14 +2656,14 @@ def test_a_handshake_with_long_headers_is_served(server):
 def test_frames_that_come_while_a_handshake_is_answered_wait(server, monkeypatch):
     """H29, W29: a ping that arrives before the 101 is out is answered after it, never before."""
     upgraded, sent = threading.Event(), threading.Event()
-    answer = notiflux.HTTPConnection._answer
+    handle = notiflux.HTTPConnection._handle
 
-    def stalled_answer(connection, request):
-        answer(connection, request)
-        upgraded.set()  # the handshake goes on in the loop's next turn
+    def stalled(connection, request):
+        handle(connection, request)
+        upgraded.set()
         assert sent.wait(WAIT_S)
 
-    monkeypatch.setattr(notiflux.HTTPConnection, "_answer", stalled_answer)
+    monkeypatch.setattr(notiflux.HTTPConnection, "_handle", stalled)
     with server.connect() as client:
         client.sendall(handshake())
         assert upgraded.wait(WAIT_S)
@@ -2940,7 +3103,8 @@ def test_tls_is_served_with_a_certificate(start, tmp_path):
         assert [subscriber.recv(timeout=WAIT_S) for _ in range(2)] == ["hello"] * 2
     with pytest.raises(notiflux.SettingsError, match="TLS_CERT_FILE"):
         changes = {"TLS_CERT_FILE": f"{tmp_path}/cert.pem", "TLS_KEY_FILE": f"{tmp_path}/x"}
-        notiflux._tls_context(notiflux.Settings.from_environment(GOOD | changes))
+        changes["JWT_PUBLIC_KEY_B64"] = b64(public_pem(KEY))
+        notiflux.Daemon(notiflux.Settings.from_environment(changes))
 
 
 def test_a_unix_socket_is_served(start, tmp_path):
@@ -3373,12 +3537,12 @@ def test_subscribe_resumes_by_itself(start, key_file):
         (["publish", "news", "x", "--token", "bad"], 1, '401 {"error": "invalid_token"'),
         (["publish", "", "x"], 1, "a topic is 1 to 512 bytes long"),
         (["publish", "news", "x", "--url", "http://127.0.0.1:1"], 1, "Connection refused"),
-        (["subscribe", "news", "--token", "bad"], 1, "news: the token is malformed"),
-        (["subscribe", "news", "--since", "x"], 1, "news: since is an id, latest or all"),
+        (["subscribe", "news", "--token", "bad"], 1, "the token is malformed"),
+        (["subscribe", "news", "--since", "x"], 1, "since is an id, latest or all"),
         (["publish", "news"], 2, "the following arguments are required: message"),
         (["subscribe"], 2, "the following arguments are required: topic"),
         (["subscribe", "news", "--key", "missing.pem"], 1, "cannot read missing.pem"),
-        (["subscribe", "\udcff"], 1, "does not answer as notiflux would"),
+        (["subscribe", "\udcff"], 1, "surrogates not allowed"),
     ],
 )
 def test_a_client_command_says_what_went_wrong(arguments, code, words, server, key_file):
@@ -3713,8 +3877,8 @@ def test_the_process_is_touched_in_one_place():
 
 
 def test_broad_excepts_are_counted():
-    """One place catches everything, and says why; no assert guards an input."""
-    assert SOURCE.count("except Exception") == 1 and "except:" not in SOURCE
+    """No place catches everything; no assert guards an input."""
+    assert "except Exception" not in SOURCE and "except:" not in SOURCE
     assert not [node for node in ast.walk(TREE) if isinstance(node, ast.Assert)]
 
 
@@ -3749,7 +3913,10 @@ def test_every_function_of_another_room_has_a_docstring():
             "welcome",
             "add",
             "is_date",
-            "failed",  # inside of others
+            "failed",
+            "sent",
+            "done",  # inside of others
+            "select",
             "data_received",
             "connection_made",
             "connection_lost",  # asyncio's own
@@ -3841,7 +4008,7 @@ def test_a_token_that_no_daemon_would_take_is_not_printed(tmp_path, capsys):
     assert notiflux.main(["token", "subscribe", *(["x" * 500] * 20), "--key", key]) == 1
     assert capsys.readouterr() == (
         "",
-        "notiflux: no daemon would take this token: the token is malformed\n",
+        "notiflux: the token is malformed\n",
     )
 
 
