@@ -571,8 +571,7 @@ class Hub:
         self._batch_max = batch_max
         self._batches: deque[Batch] = deque()  # all that wait
         self._waiting: dict[str, deque[Batch]] = {}  # the same, by topic; none of them empty
-        self._grown = False  # by a message in this turn of the loop
-        self._turns = 0  # in which it grew
+        self._grown, self._turns = False, 0  # by a message in this turn; turns that it grew in
 
     def subscribe(self, subscriber: Any, topic: str) -> None:
         """Let `subscriber` hear what is broadcast to `topic` from now on; once is enough."""
@@ -774,7 +773,6 @@ class BaseSubscriber(asyncio.Protocol):
         if self._abort is None:
             log.warning("dropped peer=%s why=slow topics=%d", self.peer, len(self.topics))
             self._retire()
-            # Not now: a library may be in the middle of writing several frames.
             self._loop.call_soon(self.dismiss, 4100, "too slow: reconnect and resume")
 
     def _retire(self) -> asyncio.TimerHandle:
@@ -822,6 +820,8 @@ class WebSocketSubscriber(BaseSubscriber):
                 self.transport.write(data)
             elif self.transport.can_write_eof():
                 self.transport.write_eof()
+            else:  # with TLS
+                self.transport.close()
         if self._protocol.state is not State.OPEN:
             self._retire()
 
