@@ -769,7 +769,6 @@ class BaseSubscriber(asyncio.Protocol):
             self._replay = deque(waits)
 
     def _drop(self) -> None:
-        """Give up a subscriber that is too slow; it may come back and resume."""
         if self._abort is None:
             log.warning("dropped peer=%s why=slow topics=%d", self.peer, len(self.topics))
             self._retire()
@@ -1738,6 +1737,7 @@ class Daemon:
         log.info("stopping connections=%d", len(self.connections))
         self._router.stopping = True
         server.close(close_connections=False)  # the listening sockets, at once
+        await asyncio.sleep(0.02)  # until it did, and who was taken just before is known
         # In half of the time, so that not all of them come back at once.
         share = math.ceil(len(subscribers) / max(1, self.settings.stop_timeout / 2 / 0.02))
         while self.connections and loop.time() < deadline:
