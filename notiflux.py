@@ -622,9 +622,10 @@ class Hub:
     def _close(self, topic: str) -> Sequence[Batch]:
         """Return what waits on `topic`, of which nothing grows any more."""
         batches = self._waiting.get(topic, ())
-        for batch in batches:
-            if batch.audience is None:
-                batch.audience = set(self.topics.get(topic, ()))
+        for batch in reversed(batches):
+            if batch.audience is not None:
+                break
+            batch.audience = set(self.topics.get(topic, ()))
         return batches
 
     def _flush(self) -> None:
@@ -635,7 +636,7 @@ class Hub:
         try:
             while self._batches and room > 0:
                 batch, audience = self._batches[0], self._close(self._batches[0].topic)[0].audience
-                room = batch.send(audience or set(), room)
+                room = batch.send(audience or set(), room) - DELIVERY_BYTES
                 if not audience:
                     self._batches.popleft()
                     self._waiting[batch.topic].popleft()
@@ -1213,7 +1214,7 @@ class HTTPConnection(asyncio.Protocol):
         self._owed = False
         if not self._closing:
             self._write(response)
-            if self._ended or not self._reader.empty:
+            if self._ended or not self._reader.empty or not self.transport.is_reading():
                 asyncio.get_running_loop().call_soon(self._advance)
 
     def _advance(self) -> None:
@@ -1251,6 +1252,7 @@ class HTTPConnection(asyncio.Protocol):
             self.connection_lost(None)  # for this side of it
             self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
             self.transport.set_protocol(response)
+            self.transport.resume_reading()  # which a pipeline may have paused
             response.connection_made(self.transport)
 
     def _refuse(self, refusal: Refusal) -> None:
@@ -1738,7 +1740,6 @@ class Daemon:
         self._router.stopping = True
         server.close(close_connections=False)  # the listening sockets, at once
         await asyncio.sleep(0.02)  # until it did, and who was taken just before is known
-        # In half of the time, so that not all of them come back at once.
         share = math.ceil(len(subscribers) / max(1, self.settings.stop_timeout / 2 / 0.02))
         while self.connections and loop.time() < deadline:
             for subscriber in subscribers[:share]:
@@ -1887,9 +1888,7 @@ def _ask(options: argparse.Namespace, path: str, body: bytes | None, **headers: 
     except urllib.error.HTTPError as exc:
         if body is None and exc.code >= 500:  # may be tried again
             raise
-        said = ""
-        with contextlib.suppress(*NO_ANSWER):  # a proxy's, cut off
-            said = printable(exc.read(1000).decode(errors="replace").strip(), 1000)
+        said = printable(exc.read(1000).decode(errors="replace").strip(), 1000)
         raise CommandError(f"refused: {exc.code} {said}") from exc
 
 
@@ -1907,20 +1906,10 @@ def publish_command(options: argparse.Namespace) -> None:
         raise CommandError(f"no answer, so it may or may not have happened: {exc}") from exc
 
 
-def _print_event(event: Any, as_json: bool) -> None:
-    if event.get("recovered") is False:
-        topics = ", ".join(map(printable, event["topics"]))
-        print(f"notiflux: {topics}: messages may have been missed", file=sys.stderr)
-    if event["event"] == "message":
-        text = event if as_json else event["message"]
-        print(text if isinstance(text, str) else dump_json(text), flush=True)
-
-
-def subscribe_command(options: argparse.Namespace) -> None:
-    """print messages as they come; reconnect and resume by itself"""
+def _events(options: argparse.Namespace) -> Generator[Any, None, None]:
     topics, since = [("topic", topic) for topic in options.topic], options.since
     while True:
-        more = [("since", since)] if since else []
+        more, read = [("since", since)] if since else [], dict[str, str]()
         path = "/sse?" + urllib.parse.urlencode([*topics, *more])
         bearer = f"Bearer {_client_token(options, 'subscribe', options.topic)}"
         try:
@@ -1928,13 +1917,24 @@ def subscribe_command(options: argparse.Namespace) -> None:
                 if stream.headers.get_content_type() != "text/event-stream":
                     raise CommandError(f"{options.url} does not answer as notiflux would")
                 for line in stream:
-                    name, _, value = line.decode().rstrip("\n").partition(": ")
-                    since = value if name == "id" else since
-                    if name == "data":
-                        _print_event(json.loads(value), options.json)
+                    name, _, read[name] = line.decode().rstrip("\n").partition(": ")
+                    if line == b"\n" and "data" in read:  # the end of an event
+                        yield json.loads(read["data"])
+                        since, read = read.get("id", since), {}
         except NO_ANSWER as exc:
             print(f"notiflux: cannot connect: {exc}", file=sys.stderr)
         time.sleep(random.random())
+
+
+def subscribe_command(options: argparse.Namespace) -> None:
+    """print messages as they come; reconnect and resume by itself"""
+    for event in _events(options):
+        if event.get("recovered") is False:
+            topics = ", ".join(map(printable, event["topics"]))
+            print(f"notiflux: {topics}: messages may have been missed", file=sys.stderr)
+        if event["event"] == "message":
+            text = event if options.json else event["message"]
+            print(text if isinstance(text, str) else dump_json(text), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1915,6 +1915,33 @@ def test_pipelined_broadcasts_are_answered_in_order(server):
             assert heard == [str(number) for number in range(20)]
 
 
+def test_a_pipeline_that_ends_in_a_broadcast_is_read_on(server):
+    """H26, H37: reading stops while an answer is owed, and goes on after it."""
+    with server.connect() as client, client.makefile("rb") as file:
+        client.sendall(get() + post(broadcast_body()))
+        for data in (b"", get(), post(broadcast_body()), get()):
+            client.sendall(data)
+            assert file.readline().startswith(b"HTTP/1.1 200 ")
+            length = [
+                int(one.split()[1]) for one in iter(file.readline, b"\r\n") if b"-Length" in one
+            ]
+            file.read(length[0])
+        client.shutdown(socket.SHUT_WR)
+        assert b"HTTP/1.1 200 " in file.read()
+
+
+def test_a_handshake_behind_a_request_in_one_segment_is_heard(server):
+    """H26, W29: who takes over a pipelined connection reads on."""
+    with server.connect() as client:
+        client.sendall(get() + handshake())
+        while not read_head(client).startswith(b"HTTP/1.1 101 "):
+            client.recv(len(b'{"status": "ok"}\n'))
+        client.sendall(client_frame(f"/subscribe news {make_token()}"))
+        wait_for(lambda: "news" in server.daemon.hub.topics)
+        server.publish(message="heard")
+        assert read_frame(client) == (1, b"heard")
+
+
 def test_a_publisher_that_goes_before_its_answer_harms_nobody(server):
     """H25: it is reset between its request and the delivery; the message is delivered once."""
     with server.subscriber("plain", ["news"]) as client:
@@ -2167,7 +2194,7 @@ def test_head_of_an_event_stream_is_its_head_alone(server):
 
 def test_the_end_of_a_stream_is_told_in_a_replay(start):
     """expire_at in the middle of a large replay ends the stream with its word all the same."""
-    server = start(PING_INTERVAL="0.2", MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    server = start(PING_INTERVAL="2", MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
     token = make_token(scope="broadcast", topics=["a"])
     for _ in range(90):
         server.publish(topic="a", message="x" * 90_000, token=token)
