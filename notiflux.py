@@ -682,7 +682,7 @@ class BaseSubscriber(asyncio.Protocol):
         # per connection
         self.topics: set[str] = set()
         self.encode = encode
-        self._expiring: dict[str, float] = {}  # topic: when its subscription ends, since 1970
+        self.expiring: dict[str, float] = {}  # topic: when its subscription ends, since 1970
         self._replay: deque[Message | bytes] | None = None  # what waits, while there is one
         self._behind = 0  # bytes of the frames in it, which were not there at its start
         self._paused = False  # by the transport, until the peer has taken what is unsent
@@ -721,7 +721,7 @@ class BaseSubscriber(asyncio.Protocol):
 
     def expire(self) -> None:
         """End the subscriptions whose time has come."""
-        if self._expiring and (ended := [t for t, s in self._expiring.items() if s <= time.time()]):
+        if ended := [topic for topic, at_s in self.expiring.items() if at_s <= time.time()]:
             self.end(ended)
 
     def _follow(self, topics: Sequence[str], claims: Claims, since: str, /, **about: Any) -> None:
@@ -730,9 +730,9 @@ class BaseSubscriber(asyncio.Protocol):
         self._forget(topics if since else ())  # another replay of them is not wanted any more
         for topic in topics:
             self._hub.subscribe(self, topic)
-            self._expiring.pop(topic, None)
+            self.expiring.pop(topic, None)
             if claims.expire_at < math.inf:
-                self._expiring[topic] = claims.expire_at
+                self.expiring[topic] = claims.expire_at
         about |= {"id": self._hub.history.position, "replayed": len(messages)}
         self.tell("subscribed", **about, **({"recovered": recovered} if "-" in since else {}))
         if messages and self._abort is None:
@@ -763,7 +763,7 @@ class BaseSubscriber(asyncio.Protocol):
     def _forget(self, topics: Sequence[str]) -> None:
         for topic in topics:
             self._hub.unsubscribe(self, topic)
-            self._expiring.pop(topic, None)
+            self.expiring.pop(topic, None)
         if self._replay is not None:
             gone = set(topics)
             waits = (m for m in self._replay if isinstance(m, bytes) or m.topic not in gone)
@@ -1720,7 +1720,7 @@ class Daemon:
         now = loop.time()
         for connection in tuple(self.clients):
             connection.tick(now)
-        for subscriber in tuple(self.beats):
+        for subscriber in [one for one in self.beats if one.expiring]:
             subscriber.expire()
         due = itertools.takewhile(lambda item: item[1] <= now, beats.items())
         for subscriber, _ in tuple(itertools.islice(due, BEATS_MAX)):
