@@ -667,7 +667,7 @@ def address(name: Any) -> str:
 
 
 class BaseSubscriber(asyncio.Protocol):
-    """One with more than MAX_BUFFER_BYTES unsent is slow, and dropped; a replay goes in pieces."""
+    """Dropped where more than MAX_BUFFER_BYTES are unsent; a replay goes out piece by piece."""
 
     transport: asyncio.Transport
     deliver: Callable[[bytes], Any]  # queue a frame: to the transport, or behind a replay
@@ -1420,7 +1420,7 @@ WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64: RFC 64
 
 
 class Router:
-    """Answers requests: those that HTTPConnection read, and those that websockets asks about."""
+    """Answers the requests that HTTPConnection read, at once or when a broadcast was queued."""
 
     def __init__(self, daemon: Any) -> None:
         self._daemon, self.stopping = daemon, False
@@ -1711,7 +1711,7 @@ class Daemon:
                 raise OSError(error, os.strerror(error))
 
         connection: Any = functools.partial(HTTPConnection, self, self._router)
-        hook, handler = self._router.process_request, cast(Any, None)  # which would be a task each
+        hook, handler = self._router.process_request, cast(Any, None)  # never called: no task each
         where |= {"process_request": hook, "create_connection": connection, "ssl": self._tls}
         return await websockets.asyncio.server.serve(handler, backlog=LISTEN_QUEUE, **where)
 

@@ -281,8 +281,7 @@ def event(client):
 def settle(client):
     """Wait until the server has obeyed all that was sent: its answer to a ping is behind that.
 
-    The library answers a ping when it reads it, the handler takes commands one loop turn later:
-    so two round trips.
+    Twice, since what is broadcast meanwhile waits for a turn of the loop or two.
     """
     for _ in range(2):
         assert client.ping().wait(WAIT_S)
