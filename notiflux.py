@@ -39,7 +39,6 @@ import os
 import random
 import re
 import resource
-import select
 import selectors
 import signal
 import socket
@@ -51,6 +50,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 VERSION = "0.1.0"
@@ -532,21 +532,20 @@ class History:
 
 
 class Batch:
-    """Messages that follow one another on a topic, for the same audience: one write for each."""
+    """Messages that follow one another on a topic, and who has yet to get them: one write each."""
 
     __slots__ = ("audience", "delivered", "messages", "sent", "size", "topic")
 
-    def __init__(self, topic: str) -> None:
-        self.topic, self.size, self.delivered = topic, 0, 0
+    def __init__(self, topic: str, audience: set[Any]) -> None:
+        self.topic, self.audience, self.size, self.delivered = topic, audience, 0, 0
         self.messages: list[Message] = []
-        self.sent: list[Callable[[int], None]] = []  # who wants to know to how many, when it is
-        self.audience: set[Any] | None = None  # who has yet to get it; None while it may grow
+        self.sent: list[Callable[[Message, int], None]] = []  # who wants to know to how many
 
-    def send(self, audience: set[Any], room: int) -> int:
-        """Queue it to these, while there is room; return what is left of that."""
+    def send(self, room: int) -> int:
+        """Queue it to them, while there is room; return what is left of that."""
         frames, encode, frame = dict[Any, bytes](), None, b""  # by what made them, each once
-        while audience and room > 0:
-            subscriber = audience.pop()
+        while self.audience and room > 0:
+            subscriber = self.audience.pop()
             if subscriber.encode is not encode:
                 encode = subscriber.encode
                 frame = frames.get(encode) or b"".join(map(encode, self.messages))
@@ -561,72 +560,61 @@ class Hub:
 
     No set of `topics` is empty. A subscriber is anything with a set `topics`, which the hub alone
     changes, a function `encode` that makes its frames, and a `deliver` that queues one at once.
-    Messages wait, in the order of their ids, until a turn of the loop brings no more of them.
+    What is broadcast waits until a turn of the loop brings no more of it. Only then it gets its
+    ids, and its audience: so nobody who comes or goes meanwhile hears a message twice, or too late.
     """
 
     def __init__(self, history: History, batch_max: int) -> None:
-        self.history = history
+        self.history, self._batch_max = history, batch_max
         self.topics: dict[str, set[Any]] = {}
         self.call_soon: Callable[..., Any]  # of the loop that it works for
-        self._batch_max = batch_max
-        self._batches: deque[Batch] = deque()  # all that wait
-        self._waiting: dict[str, deque[Batch]] = {}  # the same, by topic; none of them empty
+        self._waiting: deque[tuple[str, bytes, bool, Any]] = deque()  # and whom to tell
+        self._batch: Batch | None = None  # which is on its way
         self._grown, self._turns = False, 0  # by a message in this turn; turns that it grew in
 
     def subscribe(self, subscriber: Any, topic: str) -> None:
-        """Let `subscriber` hear what is broadcast to `topic` from now on; once is enough."""
-        if topic not in subscriber.topics:
-            self._close(topic)
-            self.topics.setdefault(topic, set()).add(subscriber)
-            subscriber.topics.add(topic)
+        """Let `subscriber` hear what is sent to `topic` from now on; once is enough."""
+        self.topics.setdefault(topic, set()).add(subscriber)
+        subscriber.topics.add(topic)
 
     def unsubscribe(self, subscriber: Any, topic: str) -> None:
-        """Let it hear what waits for it of `topic`, and then nothing more."""
-        if topic not in subscriber.topics:
-            return
-        batches = self._close(topic)
-        subscriber.topics.discard(topic)
-        self.topics[topic].discard(subscriber)
-        if not self.topics[topic]:
-            del self.topics[topic]
-        for batch in batches:
-            if batch.audience and subscriber in batch.audience:
-                batch.audience.discard(subscriber)
-                batch.send({subscriber}, 1)
+        """Let it hear nothing more of `topic`, not even what is on its way."""
+        if topic in subscriber.topics:
+            subscriber.topics.discard(topic)
+            self.topics[topic].discard(subscriber)
+            if not self.topics[topic]:
+                del self.topics[topic]
+            if self._batch and self._batch.topic == topic:
+                self._batch.audience.discard(subscriber)
 
     def broadcast(self, topics: Sequence[str], value: Any, done: Callable[..., None]) -> None:
         """Queue `value` on each topic; then call `done` with the last id, and to how many."""
-        waits, total, is_text = len(topics), 0, isinstance(value, str)
+        total, is_text = 0, isinstance(value, str)
         payload = (value if is_text else dump_json(value)).encode()
 
-        def sent(delivered: int) -> None:
-            nonlocal waits, total
-            waits, total = waits - 1, total + delivered
-            if waits == 0:
+        def sent(message: Message, delivered: int) -> None:
+            nonlocal total
+            total += delivered
+            if message.topic == topics[-1]:
                 done(message.id, total)
 
-        for topic in topics:
-            message = self.history.add(topic, payload, is_text)
-            if not self._batches:
-                self.call_soon(self._flush)
-            batch = self._batches[-1] if self._batches else Batch("")
-            full = batch.size + message.size > self._batch_max
-            if batch.topic != topic or batch.audience is not None or full:
-                self._batches.append(batch := Batch(topic))
-                self._waiting.setdefault(topic, deque()).append(batch)
-            batch.size += message.size
-            batch.messages.append(message)
-            batch.sent.append(sent)
+        if not self._waiting and self._batch is None:
+            self.call_soon(self._flush)
+        self._waiting.extend((topic, payload, is_text, sent) for topic in topics)
         self._grown = True
 
-    def _close(self, topic: str) -> Sequence[Batch]:
-        """Return what waits on `topic`, of which nothing grows any more."""
-        batches = self._waiting.get(topic, ())
-        for batch in reversed(batches):
-            if batch.audience is not None:
+    def _next_batch(self) -> Batch:
+        topic = self._waiting[0][0]
+        batch = Batch(topic, set(self.topics.get(topic, ())))
+        while self._waiting and self._waiting[0][0] == topic:
+            _, payload, is_text, sent = self._waiting[0]
+            if batch.size and batch.size + len(payload) > self._batch_max:
                 break
-            batch.audience = set(self.topics.get(topic, ()))
-        return batches
+            batch.messages.append(message := self.history.add(topic, payload, is_text))
+            batch.sent.append(sent)
+            batch.size += message.size
+            self._waiting.popleft()
+        return batch
 
     def _flush(self) -> None:
         """Send what waits, as far as one turn of the loop may take."""
@@ -634,18 +622,15 @@ class Hub:
         self._grown, self._turns = False, self._turns + 1
         room = 0 if growing else TURN_BYTES
         try:
-            while self._batches and room > 0:
-                batch, audience = self._batches[0], self._close(self._batches[0].topic)[0].audience
-                room = batch.send(audience or set(), room) - DELIVERY_BYTES
-                if not audience:
-                    self._batches.popleft()
-                    self._waiting[batch.topic].popleft()
-                    if not self._waiting[batch.topic]:
-                        del self._waiting[batch.topic]
-                    for sent in batch.sent:
-                        sent(batch.delivered)
+            while room > 0 and (self._batch or self._waiting):
+                batch = self._batch = self._batch or self._next_batch()
+                room = batch.send(room) - DELIVERY_BYTES
+                if not batch.audience:
+                    self._batch = None
+                    for message, sent in zip(batch.messages, batch.sent, strict=True):
+                        sent(message, batch.delivered)
         finally:  # whatever a subscriber may raise, the others get theirs
-            if self._batches:
+            if self._batch or self._waiting:
                 self.call_soon(self._flush)
             else:
                 self._turns = 0
@@ -666,22 +651,21 @@ def address(name: Any) -> str:
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
-class BaseSubscriber(asyncio.Protocol):
-    """Dropped where more than MAX_BUFFER_BYTES are unsent; a replay goes out piece by piece."""
+class Subscriber(asyncio.Protocol):
+    """Where messages go; as it stands an event stream, a GET /sse whose answer does not end.
 
-    transport: asyncio.Transport
-    deliver: Callable[[bytes], Any]  # queue a frame: to the transport, or behind a replay
-    tell: Callable[..., None]  # queue an event
-    beat: Callable[[], None]  # keep the line alive, and see whether it is
-    end: Callable[[list[str]], None]  # end subscriptions whose expire_at has come
-    dismiss: Callable[[int, str], None]  # close behind what is queued
+    Dropped where more than MAX_BUFFER_BYTES are unsent; a replay goes out piece by piece.
+    """
 
-    def __init__(self, daemon: Any, encode: Callable[[Message], bytes]) -> None:
+    def __init__(self, daemon: Any, head: Any, *asked: Any) -> None:
         self._daemon, self._hub, self._settings = daemon, daemon.hub, daemon.settings
         self._loop = asyncio.get_running_loop()
         # per connection
+        self.head, self._asked = head, asked  # its answer; an event stream's topics and since
         self.topics: set[str] = set()
-        self.encode = encode
+        self.encode = Message.event_lines
+        self.transport: asyncio.Transport
+        self.deliver: Callable[[bytes], Any]  # queue a frame: to the transport, or behind a replay
         self.expiring: dict[str, float] = {}  # topic: when its subscription ends, since 1970
         self._replay: deque[Message | bytes] | None = None  # what waits, while there is one
         self._behind = 0  # bytes of the frames in it, which were not there at its start
@@ -694,6 +678,8 @@ class BaseSubscriber(asyncio.Protocol):
         self.deliver = transport.write
         self.peer = address(transport.get_extra_info("peername"))
         self._daemon.beats[self] = self._loop.time() + self._settings.ping_interval
+        if self._asked:
+            self._follow(*self._asked, topics=self._asked[0])
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -719,10 +705,30 @@ class BaseSubscriber(asyncio.Protocol):
                 self._drop()
         return self._replay is not None
 
+    def tell(self, event: str, **members: Any) -> None:
+        """Queue an event."""
+        # What is replayed has ids of its own, which the client must not be ahead of.
+        event_id = "" if members.get("replayed") else members.get("id", "")
+        self.deliver(event_lines(event, dump_json({"event": event, **members}), event_id))
+
+    def beat(self) -> None:
+        """Keep the line alive, and see whether it is."""
+        self.deliver(b":\n\n")
+
+    def dismiss(self, code: int, reason: str) -> None:
+        """Close it behind what is queued."""
+        self._retire()  # at once: it resumes all topics, in the order of ids
+        self.transport.close()
+
     def expire(self) -> None:
         """End the subscriptions whose time has come."""
         if ended := [topic for topic, at_s in self.expiring.items() if at_s <= time.time()]:
-            self.end(ended)
+            self._end(ended)
+
+    def _end(self, topics: list[str]) -> None:
+        self._end_replay()
+        self.tell("unsubscribed", topics=topics, error="token_expired")
+        self.dismiss(1000, "token_expired")
 
     def _follow(self, topics: Sequence[str], claims: Claims, since: str, /, **about: Any) -> None:
         """Subscribe, and replay what came after `since`: one stream with what comes live."""
@@ -784,12 +790,13 @@ class BaseSubscriber(asyncio.Protocol):
         return self._abort
 
 
-class WebSocketSubscriber(BaseSubscriber):
+class WebSocketSubscriber(Subscriber):
     """One WebSocket, whose handshake was answered with `head`: commands in, messages out."""
 
     def __init__(self, daemon: Any, head: Any, json_mode: bool) -> None:
-        super().__init__(daemon, Message.json_frame if json_mode else Message.plain_frame)
-        self.head, self._json_mode = head, json_mode
+        super().__init__(daemon, head)
+        self.encode = Message.json_frame if json_mode else Message.plain_frame
+        self._json_mode = json_mode
         self._protocol = ServerProtocol(state=State.OPEN, max_size=COMMAND_MAX)
         self._is_text, self._received = False, b""  # what came of a command so far
         self._refused = self._unanswered = 0  # commands; pings
@@ -848,7 +855,7 @@ class WebSocketSubscriber(BaseSubscriber):
             self.transport.write(PING_FRAME)
             self.tell("keepalive")
 
-    def end(self, topics: list[str]) -> None:
+    def _end(self, topics: list[str]) -> None:
         self._forget(topics)
         for topic in topics:
             plain = f"Subscription to {topic} expired"
@@ -896,36 +903,6 @@ class WebSocketSubscriber(BaseSubscriber):
         self._refused += 1
         if self._refused >= COMMANDS_REFUSED_MAX:
             self.dismiss(1008, "too many refused commands")
-
-
-class EventStream(BaseSubscriber):
-    """One event stream, a GET /sse whose answer does not end; what still comes in is dropped."""
-
-    def __init__(self, daemon: Any, head: Any, topics: list[str], *how: Any) -> None:
-        super().__init__(daemon, Message.event_lines)
-        self.head = head
-        self._start = functools.partial(self._follow, topics, *how, topics=topics)
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._start()
-
-    def dismiss(self, code: int, reason: str) -> None:
-        self._retire()  # at once: it resumes all topics, in the order of ids
-        self.transport.close()
-
-    def tell(self, event: str, **members: Any) -> None:
-        # What is replayed has ids of its own, which the client must not be ahead of.
-        event_id = "" if members.get("replayed") else members.get("id", "")
-        self.deliver(event_lines(event, dump_json({"event": event, **members}), event_id))
-
-    def beat(self) -> None:
-        self.deliver(b":\n\n")
-
-    def end(self, topics: list[str]) -> None:
-        self._end_replay()
-        self.tell("unsubscribed", topics=topics, error="token_expired")
-        self.dismiss(1000, "token_expired")
 
 
 # --- HTTP: bytes to requests, answers to bytes. Knows no topics and no tokens. ---
@@ -1348,25 +1325,20 @@ CONSOLE = r"""<!doctype html>
 <style>
   :root { color-scheme: light dark; font: 1rem/1.45 system-ui, sans-serif }
   body { max-width: 60rem; margin: auto; padding: 0 1rem } small { display: block }
-  form, label { display: grid; gap: .4rem; padding-bottom: .4rem } #state { float: right }
-  input, textarea, button { font: inherit; padding: .4rem; min-width: 0 }
+  form { display: grid; grid-template-columns: 1fr auto; gap: .5rem } #state { float: right }
+  input, textarea, button { font: inherit; padding: .4rem } [name=topic] { grid-column: 1 / 3 }
+  li { list-style: none; overflow-wrap: anywhere; white-space: pre-wrap } ol { padding: 0 }
   #state::before { content: "\25cf  "; color: #d70 } #state[data-state=open]::before { color: #2a3 }
-  ol { list-style: none; padding: 0; overflow-wrap: anywhere; white-space: pre-wrap }
 </style>
 <h1>notiflux <output id="state"></output></h1>
-<form id="subscribe"><h3>Subscribe</h3>
-  <label>Token <input name="token" required autocomplete="off"></label>
-  <label>Topic <input name="topic" required pattern="\S+"></label><button>Subscribe</button></form>
-<form id="broadcast"><h3>Broadcast</h3>
-  <label>Token <input name="token" required autocomplete="off"></label>
-  <label>Topic <input name="topic" required></label>
-  <label>Message <textarea name="message" rows="2"></textarea></label>
-  <button>Broadcast</button> <output id="answer"></output></form>
+<form id="form" autocomplete="off"><input name="topic" required placeholder="Topic" pattern="\S+">
+  <input name="subscribe" placeholder="Token to subscribe"><button>Subscribe</button>
+  <input name="broadcast" placeholder="Token to broadcast"><button id="send">Broadcast</button>
+  <textarea name="message" placeholder="Message"></textarea></form>
 <ol id="messages" aria-label="Messages" aria-live="polite"></ol>
 <script type="module">
   import {Notiflux} from "./notiflux.js";
   const at = id => document.getElementById(id), tokens = new Map();
-  const entries = event => { event.preventDefault(); return new FormData(event.target); };
   const show = (text, about, time = Date.now()) => {
     const [item, small] = ["li", "small"].map(name => document.createElement(name));
     small.textContent = `${new Date(time).toLocaleString()} · ${about}`;
@@ -1380,24 +1352,23 @@ CONSOLE = r"""<!doctype html>
     if (topic) show(news, topic); else at("state").textContent = at("state").dataset.state = state;
   };
   const client = new Notiflux(new URL("ws", location), {token: t => tokens.get(t), onstatus});
-  at("subscribe").onsubmit = event => {
-    const {token, topic} = Object.fromEntries(entries(event));
-    const heard = (message, {id, time}) => show(message, `${topic} · ${id}`, time);
-    tokens.set(topic, token); client.subscribe(topic, heard, {since: "all"});
-  };
-  at("broadcast").onsubmit = async event => {
-    const body = JSON.stringify(Object.fromEntries(entries(event)));
+  at("form").onsubmit = async event => {
+    event.preventDefault();
+    const {topic, message, subscribe, broadcast} = Object.fromEntries(new FormData(at("form")));
+    if (event.submitter !== at("send")) {
+      const heard = (message, {id, time}) => show(message, `${topic} · ${id}`, time);
+      tokens.set(topic, subscribe); return client.subscribe(topic, heard, {since: "all"});
+    }
+    const body = JSON.stringify({topic, message, token: broadcast});
     const unknown = error => ({detail: `no answer, so it may have happened: ${error.message}`});
     const asked = fetch("broadcast", {method: "POST", body}).then(reply => reply.json());
-    const answer = await asked.catch(unknown);
-    at("answer").textContent = answer.detail ?? JSON.stringify(answer);
+    const {detail, ...answer} = await asked.catch(unknown);
+    show(detail ?? answer, `broadcast to ${topic}`);
   };
-  const given = new URLSearchParams(location.hash.slice(1));
-  for (const {id, elements: {token, topic}} of document.forms)
-    [token.value, topic.value] = [given.get(id) ?? "", given.get("topic") ?? ""];
+  for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
+    if (name in at("form")) at("form")[name].value = value;
 </script>
 """
-
 INLINE = re.findall(r"<(?:style|script)[^>]*>(.*?)</", CONSOLE, re.DOTALL)
 STYLE, SCRIPT = (base64.b64encode(hashlib.sha256(p.encode()).digest()).decode() for p in INLINE)
 POLICY = (
@@ -1525,11 +1496,11 @@ class Router:
 
         self._daemon.hub.broadcast(topics, body["message"], done)
 
-    def _event_stream(self, connection: Any, request: Request) -> Response | EventStream:
+    def _event_stream(self, connection: Any, request: Request) -> Response | Subscriber:
         head, query = request[0], self._query(request[0])
         more = {"Connection": "close"} if head.method == "GET" else {}
         start = self._respond(head, 200, b"", STREAM | more)
-        return EventStream(self._daemon, start, *query) if more else start
+        return Subscriber(self._daemon, start, *query) if more else start
 
     def _messages(self, connection: Any, request: Request) -> Response:
         topics, _, since = self._query(request[0])
@@ -1604,16 +1575,14 @@ def start_logging(level: str, journal_stream: str) -> None:
 class Selector(selectors.DefaultSelector):
     """Reports READY_MAX sockets at most, in turn: so no turn of the loop takes long."""
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        epoll, keys = getattr(self, "_selector", None), getattr(self, "_fd_to_key", None)
-        if epoll is None or keys is None or not hasattr(select, "epoll"):  # Python 3.11 to 3.13
-            return super().select(timeout)
-        wait_s = -1 if timeout is None else math.ceil(max(timeout, 0) * 1000) / 1000
-        # What is neither is an error, of which both hear: EVENT_READ is 1, EVENT_WRITE 2.
-        not_in, not_out = ~select.EPOLLIN, ~select.EPOLLOUT
-        found = epoll.poll(wait_s, READY_MAX)
-        ready = ((fd, bool(e & not_out) + 2 * bool(e & not_in)) for fd, e in found)
-        return [(keys[fd], event & keys[fd].events) for fd, event in ready if fd in keys]
+    def __init__(self) -> None:
+        super().__init__()
+        epoll: Any = getattr(self, "_selector", None)
+        if hasattr(epoll, "poll"):  # Linux, Python 3.11 to 3.13
+            names = "register", "modify", "unregister", "close", "fileno"
+            same = {name: getattr(epoll, name) for name in names}
+            same["poll"] = lambda wait_s, most: epoll.poll(wait_s, min(most, READY_MAX))
+            self._selector = SimpleNamespace(**same)
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -1644,7 +1613,7 @@ class Daemon:
         bounds = settings.history_size, settings.history_seconds, settings.history_bytes
         self.hub = Hub(History(*bounds), min(BATCH_MAX, settings.max_buffer_bytes // 8))
         self.clients: set[HTTPConnection] = set()  # that may send requests
-        self.beats: OrderedDict[BaseSubscriber, float] = OrderedDict()  # and when each is due
+        self.beats: OrderedDict[Subscriber, float] = OrderedDict()  # and when each is due
         self._router = Router(self)
         self._tls: ssl.SSLContext | None = None
         if settings.tls_cert_file is not None:
@@ -1658,7 +1627,7 @@ class Daemon:
         self._stop = asyncio.Event()
 
     @property
-    def connections(self) -> list[HTTPConnection | BaseSubscriber]:
+    def connections(self) -> list[HTTPConnection | Subscriber]:
         """All that are open, of whatever kind."""
         return [*self.clients, *self.beats]
 
