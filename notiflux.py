@@ -10,7 +10,7 @@ HTTPConnection -> Router.process_request -> TokenVerifier -> Hub.broadcast -> de
 One process, one event loop, no threads, no locks. A 2xx means that the broadcast happened, exactly
 once; any other answer that it did not. Nothing is stored for good, no token, key or message text is
 logged. Without a command this runs the daemon. The rooms, each using only what stands above it:
-Errors, Settings, Tokens, Messages, Hub, Subscribers, HTTP, Browser, Routes, Observation, Daemon,
+Errors, Settings, Tokens, Messages, Hub, Subscribers, HTTP, Browser, Observation, Routes, Daemon,
 Command line.
 """
 
@@ -30,23 +30,23 @@ import errno
 import functools
 import gc
 import hashlib
-import http.client
+import http
+import ipaddress
 import itertools
 import json
 import logging
 import math
 import os
-import random
 import re
 import resource
+import select
 import selectors
 import signal
 import socket
 import ssl
 import time
-import urllib.error
 import urllib.parse
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -80,6 +80,7 @@ except (ImportError, ValueError) as exc:  # ValueError: websockets reads variabl
 LEEWAY_S = 60  # how far clocks may drift apart before a token is refused
 TOKEN_MAX = 8 * 1024  # bytes of a token, before anything looks at it
 TOKENS_REMEMBERED = 1024  # verified tokens kept, at most 8 MiB of them
+STRANGER_MAX = 16 * 1024  # bytes of a body that is parsed before a good token was seen
 TOPIC_MAX = 512  # bytes of a topic in UTF-8
 JSON_DEPTH_MAX = 64
 MESSAGE_OVERHEAD = 700  # bytes it takes to hold a message, beside its text and its topic's
@@ -96,12 +97,15 @@ HEADERS_MAX = 64
 HEADS_REMEMBERED = 128  # that were read without a fault, at most 2 MiB of them
 CHUNK_LINE_MAX = 256  # bytes of a chunk's size line; extensions are short where they exist
 READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy for long
-FRAMES_READ_MAX = 4 * 1024  # the same once they are frames: an empty one has 6 bytes
+FRAMES_MAX = 5_000  # between two pings: more than a page with MAX_TOPICS may need
+FRAMES_READ_MAX = 1024  # the same once they are frames: an empty one has 6 bytes
 ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
 LISTEN_QUEUE = 4096  # connections that wait in the kernel
 TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5}  # write: no progress
 CLOSE_TIMEOUT_S = 10  # for a subscriber to take its close frame and go
 READY_MAX = 64  # sockets that are looked at in one turn of the loop: some 20 ms
+TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # broadcasts, at most
+LINES_MAX = 20  # of one event in the log in a second; what is more is counted
 BEATS_MAX = 500  # subscribers who get a sign of life in one turn of the loop
 SWEEP_S = 1.0  # between two looks at every connection's deadline
 
@@ -137,10 +141,6 @@ class Refusal(Exception):
         self.code = code or known.get(status) or PHRASES[status].lower().replace(" ", "_")
         self.headers = STATUS_HEADERS.get(status, {}) | headers
 
-    def log(self, peer: str, operation: str) -> None:
-        """Log it in the one stable form that other programs may read."""
-        log.info('refused peer=%s op=%s why=%s detail="%s"', peer, operation, self.code, self)
-
 
 def refuse_if(condition: object, status: int, detail: str) -> None:
     """Raise that Refusal if `condition` holds."""
@@ -171,17 +171,17 @@ JSON_DECODER = json.JSONDecoder(
     parse_int=lambda digits: int(digits) if len(digits) < 300 or _finite(digits) else 0,
     parse_constant=_finite,
 )
-JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
+JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # one without an end, too
+LEVELS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff"), bytes({*range(256)} - {*b"[{]}"})
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes) -> Any:
     """Return the JSON value in `data` (RFC 8259, and no doubtful one). Raises ValueError."""
     text = data.decode().strip(" \t\n\r")
-    if text.count("[") + text.count("{") > JSON_DEPTH_MAX:
-        brackets = re.findall(r"[][{}]", JSON_STRING.sub("", text))
-        levels = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
-        if max(levels, default=0) > JSON_DEPTH_MAX:
+    if data.count(b"[") + data.count(b"{") > JSON_DEPTH_MAX:
+        steps = memoryview(JSON_STRING.sub(b"", data).translate(*LEVELS)).cast("b")
+        if any(level > JSON_DEPTH_MAX for level in itertools.accumulate(steps)):
             raise ValueError("nested too deeply")
     value, end = JSON_DECODER.raw_decode(text)
     if end != len(text):
@@ -200,10 +200,11 @@ dump_json = functools.partial(json.dumps, ensure_ascii=False, separators=(",", "
 
 def _like(pattern: str, expected: str, convert: Callable[[str], Any], *limits: float) -> Any:
     def parse(text: str) -> Any:
-        good = re.fullmatch(pattern, text.lower())
-        if not good or (limits and not limits[0] <= float(text) <= limits[1]):
-            raise ValueError(expected.format(*limits))
-        return convert(text.lower())
+        with contextlib.suppress(ValueError):  # whose words are not ours
+            good = re.fullmatch(pattern, text := text.lower())
+            if good and (not limits or limits[0] <= float(text) <= limits[1]):
+                return convert(text)
+        raise ValueError(expected.format(*limits))
 
     return parse
 
@@ -217,6 +218,10 @@ ORIGIN = r"\s*[a-z][a-z0-9+.-]*://[^/\s,]+\s*"
 ORIGINS = "origins such as https://example.org, separated by commas"
 _origins = _like(
     f"{ORIGIN}(,{ORIGIN})*", ORIGINS, lambda t: frozenset(map(str.strip, t.split(",")))
+)
+NETWORKS = "addresses or networks such as 127.0.0.1,10.0.0.0/8, separated by commas"
+_networks = _like(
+    ".+", NETWORKS, lambda t: tuple(ipaddress.ip_network(each.strip()) for each in t.split(","))
 )
 
 
@@ -244,6 +249,7 @@ class Settings:
     ping_interval: float = setting(_seconds(0.1, 86400), "15", "seconds; silent for two: dropped")
     stop_timeout: float = setting(_seconds(0, 86400), "5", "seconds a stop may take")
     allowed_origins: frozenset[str] | None = setting(_origins, "", "pages from elsewhere get 403")
+    trusted_proxies: tuple[Any, ...] | None = setting(_networks, "", "whose X-Forwarded-For counts")
     tls_cert_file: str | None = setting(str, "", "serve https and wss with this certificate")
     tls_key_file: str | None = setting(str, "", "and this key")
     log_level: str = setting(_level, "info", "debug, info, warning or error")
@@ -272,6 +278,7 @@ class Settings:
 PublicKey = ec.EllipticCurvePublicKey
 PEM_BLOCK = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----.{1,20000}?-----END \1-----", re.DOTALL)
 TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
+TOKEN_MEMBER = re.compile(r'"token"\s*:\s*"([A-Za-z0-9_.-]+)"')
 
 
 def _public_key(label: bytes, pem: bytes) -> PublicKey:
@@ -337,19 +344,6 @@ CLAIMS: dict[str, Callable[[Any], bool]] = {  # each claim's type
 }
 
 
-def parse_claims(payload: Any) -> Claims:
-    """Return the claims in a token's payload. Raises Refusal for a missing or wrong one."""
-    refuse_if(not isinstance(payload, dict), 401, "the token is malformed")
-    refuse_if("aud" in payload, 401, "the token is for another audience: it has a claim aud")
-    needed = "sub", "scope", "exp", "topics" if "topic_prefixes" not in payload else "sub"
-    for name, good in CLAIMS.items():
-        if not good(payload[name]) if name in payload else name in needed:
-            raise Refusal(401, f"the token's claim {name} is missing or wrong")
-    get = payload.get
-    grants = frozenset(get("topics", ())), tuple(get("topic_prefixes", ()))
-    return Claims(get("scope"), *grants, get("exp"), get("nbf", 0), get("expire_at", math.inf))
-
-
 class TokenVerifier:
     """Verifies ES256 tokens (RFC 7515, RFC 7519); remembers those that passed all but time."""
 
@@ -397,7 +391,15 @@ class TokenVerifier:
         signed = token.rpartition(".")[0].encode()
         good = any(ES256.verify(signed, key, raw[2]) for key in self._keys)
         refuse_if(not good, 401, "the token's signature is of no key known here")
-        return parse_claims(payload)
+        refuse_if(not isinstance(payload, dict), 401, "the token is malformed")
+        refuse_if("aud" in payload, 401, "the token is for another audience: it has a claim aud")
+        needed = "sub", "scope", "exp", "topics" if "topic_prefixes" not in payload else "sub"
+        for name, is_good in CLAIMS.items():
+            if not is_good(payload[name]) if name in payload else name in needed:
+                raise Refusal(401, f"the token's claim {name} is missing or wrong")
+        get = payload.get
+        grants = frozenset(get("topics", ())), tuple(get("topic_prefixes", ()))
+        return Claims(get("scope"), *grants, get("exp"), get("nbf", 0), get("expire_at", math.inf))
 
 
 # --- Messages: what is sent, and what is held of it. No sockets, no tokens. ---
@@ -467,7 +469,7 @@ class History:
     def __init__(self, size: int, seconds: float, bytes_max: int) -> None:
         self._size, self._seconds, self._bytes_max = size, seconds, bytes_max
         self._epoch, self._seq = os.urandom(4).hex(), 0  # random per start; over all topics
-        self._held: OrderedDict[int, Message] = OrderedDict()  # by seq
+        self.held: OrderedDict[int, Message] = OrderedDict()  # by seq
         # A topic's seqs: the newest that is not held any more, then those that are, at least one.
         self._topics: dict[str, list[int]] = {}
         self._forgotten = 0  # the newest seq of all topics of which nothing is held any more
@@ -484,28 +486,28 @@ class History:
         size = MESSAGE_OVERHEAD + sys.getsizeof(payload) + sys.getsizeof(topic)
         times = time.time_ns() // 10**6, time.monotonic()
         message = Message(f"{self._epoch}-{self._seq}", topic, payload, is_text, size, *times)
-        self._held[self._seq] = message
+        self.held[self._seq] = message
         self.bytes_held += size
         seqs = self._topics.setdefault(topic, [self._forgotten])
         seqs.append(self._seq)
         if len(seqs) - 1 > self._size:
             self._forget(seqs[1])
         while self.bytes_held > self._bytes_max:
-            self._forget(next(iter(self._held)))
+            self._forget(next(iter(self.held)))
         self.expire(message.added_s, at_most=2)  # so that it shrinks faster than it grows
         return message
 
     def expire(self, now_s: float, at_most: int) -> None:
         """Forget what is too old by the monotonic clock, up to `at_most` messages."""
-        while self._held and at_most > 0:
-            seq, message = next(iter(self._held.items()))
+        while self.held and at_most > 0:
+            seq, message = next(iter(self.held.items()))
             if now_s - message.added_s < self._seconds:
                 return
             self._forget(seq)
             at_most -= 1
 
     def _forget(self, seq: int) -> None:
-        message = self._held.pop(seq)
+        message = self.held.pop(seq)
         self.bytes_held -= message.size
         seqs = self._topics[message.topic]
         del seqs[0]  # which puts this one into its place
@@ -513,7 +515,7 @@ class History:
             del self._topics[message.topic]
             self._forgotten = max(self._forgotten, seq)
         if not self._topics:  # what is deleted from them does not shrink the tables
-            self._topics, self._held = {}, OrderedDict()
+            self._topics, self.held = {}, OrderedDict()
 
     def since(self, topics: Iterable[str], since: str) -> tuple[list[Message], bool]:
         """Return what is held of `topics` after `since`, oldest first, and whether that is all."""
@@ -524,7 +526,7 @@ class History:
         newer = [seqs[bisect.bisect(seqs, after, lo=1) :] for seqs in lists]
         if since == "latest":
             newer = [seqs[-1:] for seqs in newer]
-        messages = [self._held[seq] for seq in sorted(itertools.chain(*newer))]
+        messages = [self.held[seq] for seq in sorted(itertools.chain(*newer))]
         return messages, known and all(after >= seqs[0] for seqs in lists)
 
 
@@ -571,15 +573,19 @@ class Hub:
         self._waiting: deque[tuple[str, bytes, bool, Any]] = deque()  # and whom to tell
         self._batch: Batch | None = None  # which is on its way
         self._grown, self._turns = False, 0  # by a message in this turn; turns that it grew in
+        self.subscriptions = self.broadcasts = self.deliveries = 0  # now; since the start
+        self.took_s, self.took = 0.0, [0] * (len(TOOK_S) + 1)  # broadcasts: all, and how many each
 
     def subscribe(self, subscriber: Any, topic: str) -> None:
         """Let `subscriber` hear what is sent to `topic` from now on; once is enough."""
+        self.subscriptions += topic not in subscriber.topics
         self.topics.setdefault(topic, set()).add(subscriber)
         subscriber.topics.add(topic)
 
     def unsubscribe(self, subscriber: Any, topic: str) -> None:
         """Let it hear nothing more of `topic`, not even what is on its way."""
         if topic in subscriber.topics:
+            self.subscriptions -= 1
             subscriber.topics.discard(topic)
             self.topics[topic].discard(subscriber)
             if not self.topics[topic]:
@@ -589,13 +595,17 @@ class Hub:
 
     def broadcast(self, topics: Sequence[str], value: Any, done: Callable[..., None]) -> None:
         """Queue `value` on each topic; then call `done` with the last id, and to how many."""
-        total, is_text = 0, isinstance(value, str)
+        total, is_text, start_s = 0, isinstance(value, str), time.perf_counter()
         payload = (value if is_text else dump_json(value)).encode()
 
         def sent(message: Message, delivered: int) -> None:
             nonlocal total
             total += delivered
             if message.topic == topics[-1]:
+                took_s = time.perf_counter() - start_s
+                self.took[bisect.bisect_left(TOOK_S, took_s)] += 1
+                self.took_s, self.broadcasts = self.took_s + took_s, self.broadcasts + 1
+                self.deliveries += total
                 done(message.id, total)
 
         if not self._waiting and self._batch is None:
@@ -639,6 +649,14 @@ class Hub:
 # --- Subscribers: a WebSocket with its commands, and an event stream. ---
 
 SUBPROTOCOL: Any = "notiflux.v1"
+GOODBYES = {  # why a subscriber is sent away: its close code (RFC 6455 section 7.4) and reason
+    "expired": (1000, ""),
+    "silent": (1001, ""),
+    "refused": (1008, "too many refused commands"),
+    "flood": (1008, "too many frames"),
+    "stopping": (1012, "the server restarts: reconnect after a random pause"),
+    "slow": (4100, "too slow: reconnect and resume"),
+}
 DATA_OPCODES = frozenset((Opcode.TEXT, Opcode.BINARY, Opcode.CONT))
 PING_FRAME = Frame(Opcode.PING, b"").serialize(mask=False)
 INVALID_SUBSCRIBE = "Invalid subscribe command, it should be: /subscribe <topic> <token>"
@@ -671,12 +689,12 @@ class Subscriber(asyncio.Protocol):
         self._behind = 0  # bytes of the frames in it, which were not there at its start
         self._paused = False  # by the transport, until the peer has taken what is unsent
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
+        self.peer, self._why, self.since_s = "", "gone", self._loop.time()  # why it ended
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
         self.deliver = transport.write
-        self.peer = address(transport.get_extra_info("peername"))
         self._daemon.beats[self] = self._loop.time() + self._settings.ping_interval
         if self._asked:
             self._follow(*self._asked, topics=self._asked[0])
@@ -685,7 +703,7 @@ class Subscriber(asyncio.Protocol):
         self._paused = True
         self.transport.pause_reading()  # or its pings would go on adding pongs
         if self._replay is None:
-            self._drop()
+            self._drop("slow")
 
     def resume_writing(self) -> None:
         self._paused = False
@@ -695,6 +713,7 @@ class Subscriber(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         del self._daemon.beats[self]
         self._retire().cancel()  # commands may still be queued, and are not obeyed any more
+        self._daemon.counts["disconnects"][f'{{reason="{self._why}"}}'] += 1
         log.debug("disconnected peer=%s", self.peer)
 
     def _hold(self, frame: bytes) -> bool:
@@ -702,7 +721,7 @@ class Subscriber(asyncio.Protocol):
             self._replay.append(frame)
             self._behind += len(frame)
             if self._behind > self._settings.max_buffer_bytes:
-                self._drop()
+                self._drop("slow")
         return self._replay is not None
 
     def tell(self, event: str, **members: Any) -> None:
@@ -715,20 +734,17 @@ class Subscriber(asyncio.Protocol):
         """Keep the line alive, and see whether it is."""
         self.deliver(b":\n\n")
 
-    def dismiss(self, code: int, reason: str) -> None:
-        """Close it behind what is queued."""
+    def dismiss(self, why: str) -> None:
+        """Close it behind what is queued, for one of GOODBYES."""
+        self._why = why
         self._retire()  # at once: it resumes all topics, in the order of ids
         self.transport.close()
 
-    def expire(self) -> None:
-        """End the subscriptions whose time has come."""
-        if ended := [topic for topic, at_s in self.expiring.items() if at_s <= time.time()]:
-            self._end(ended)
-
-    def _end(self, topics: list[str]) -> None:
+    def end(self, topics: list[str]) -> None:
+        """End subscriptions whose expire_at has come; a stream, which resumes all, as a whole."""
         self._end_replay()
         self.tell("unsubscribed", topics=topics, error="token_expired")
-        self.dismiss(1000, "token_expired")
+        self.dismiss("expired")
 
     def _follow(self, topics: Sequence[str], claims: Claims, since: str, /, **about: Any) -> None:
         """Subscribe, and replay what came after `since`: one stream with what comes live."""
@@ -775,11 +791,11 @@ class Subscriber(asyncio.Protocol):
             waits = (m for m in self._replay if isinstance(m, bytes) or m.topic not in gone)
             self._replay = deque(waits)
 
-    def _drop(self) -> None:
+    def _drop(self, why: str) -> None:
         if self._abort is None:
-            log.warning("dropped peer=%s why=slow topics=%d", self.peer, len(self.topics))
+            log.warning("dropped peer=%s why=%s topics=%d", self.peer, why, len(self.topics))
             self._retire()
-            self._loop.call_soon(self.dismiss, 4100, "too slow: reconnect and resume")
+            self._loop.call_soon(self.dismiss, why)
 
     def _retire(self) -> asyncio.TimerHandle:
         """Leave every topic, obey nothing more, and see to it that the connection ends."""
@@ -799,7 +815,7 @@ class WebSocketSubscriber(Subscriber):
         self._json_mode = json_mode
         self._protocol = ServerProtocol(state=State.OPEN, max_size=COMMAND_MAX)
         self._is_text, self._received = False, b""  # what came of a command so far
-        self._refused = self._unanswered = 0  # commands; pings
+        self._refused = self._unanswered = self._frames = 0  # commands; pings; since the last one
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -809,6 +825,9 @@ class WebSocketSubscriber(Subscriber):
         self._unanswered = 0
         self._protocol.receive_data(data)
         for event in cast(list[Frame], self._protocol.events_received()):
+            self._frames += 1
+            if self._frames > FRAMES_MAX:
+                self._drop("flood")
             if event.opcode not in DATA_OPCODES or self._abort is not None:
                 continue
             if event.opcode is not Opcode.CONT:
@@ -832,10 +851,11 @@ class WebSocketSubscriber(Subscriber):
         if self._protocol.state is not State.OPEN:
             self._retire()
 
-    def dismiss(self, code: int, reason: str) -> None:
+    def dismiss(self, why: str) -> None:
         self._forget(tuple(self.topics))
         if self._protocol.state is State.OPEN:
-            self._protocol.send_close(code, reason)
+            self._why = why
+            self._protocol.send_close(*GOODBYES[why])
         self._send()
         self._retire()
 
@@ -847,15 +867,16 @@ class WebSocketSubscriber(Subscriber):
     def beat(self) -> None:
         # Counted, not timed: after a pause of the whole machine nobody is to blame.
         if self._unanswered >= 2:
-            log.info("dropped peer=%s why=silent topics=%d", self.peer, len(self.topics))
+            self._drop("silent")
             self.transport.abort()
             return
         self._unanswered += not self._paused  # or its pongs are not read
+        self._frames = 0
         if self._abort is None:
             self.transport.write(PING_FRAME)
             self.tell("keepalive")
 
-    def _end(self, topics: list[str]) -> None:
+    def end(self, topics: list[str]) -> None:
         self._forget(topics)
         for topic in topics:
             plain = f"Subscription to {topic} expired"
@@ -869,10 +890,9 @@ class WebSocketSubscriber(Subscriber):
             self._refuse("subscribe", Refusal(400, INVALID_SUBSCRIBE))
         elif command == "/subscribe" and rest:
             self._subscribe(*words)
-        elif command == "/unsubscribe" and rest:
-            self._unsubscribe([rest])
-        elif text == "/unsubscribe-all":
-            self._unsubscribe(sorted(self.topics))
+        elif (command == "/unsubscribe" and rest) or text == "/unsubscribe-all":
+            self._forget(topics := [rest] if rest else sorted(self.topics))
+            self.tell("unsubscribed", topics=topics)
         elif text.startswith("/"):
             self._refuse("command", Refusal(400, "Unknown command"))
 
@@ -888,12 +908,8 @@ class WebSocketSubscriber(Subscriber):
         else:
             self._follow([topic], claims, since, topic=topic)
 
-    def _unsubscribe(self, topics: list[str]) -> None:
-        self._forget(topics)
-        self.tell("unsubscribed", topics=topics)
-
     def _refuse(self, operation: str, refusal: Refusal, topic: str | None = None) -> None:
-        refusal.log(self.peer, operation)
+        self._daemon.refused(self.peer, operation, refusal)
         if topic is not None and CONTROL_CHARACTER.search(topic):  # the answer is one line
             topic = printable(topic)
         command = "/subscribe" if operation == "subscribe" else None
@@ -902,7 +918,7 @@ class WebSocketSubscriber(Subscriber):
         self.tell("error", start + refusal.detail, **about, topic=topic)
         self._refused += 1
         if self._refused >= COMMANDS_REFUSED_MAX:
-            self.dismiss(1008, "too many refused commands")
+            self.dismiss("refused")
 
 
 # --- HTTP: bytes to requests, answers to bytes. Knows no topics and no tokens. ---
@@ -922,6 +938,7 @@ CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 TOO_LARGE = "the body is larger than MAX_MESSAGE_BYTES"
 Headers = defaultdict[str, list[str]]
+Request = tuple["Head", bytes]  # its head and body
 
 
 def list_members(headers: Headers, name: str) -> list[str]:
@@ -941,15 +958,12 @@ class Head:
     method: str
     path: str
     query: str  # with its question mark
-    version: tuple[int, int]
+    is_old: bool  # HTTP/1.0
     headers: Headers
     framed: bool = False  # the rest is known, and nothing is wrong with it
     length: int | None = 0  # of the body; None for a chunked one
     last: bool = False  # the client wants no answer behind this one's
     expects: bool = False  # a 100 before it sends the body: RFC 9110 section 10.1.1
-
-
-Request = tuple[Head, bytes]  # its head and body
 
 
 @dataclass(slots=True)
@@ -961,56 +975,48 @@ class Response:
     body: bytes = b""
 
 
-def _parse_headers(lines: Iterable[bytes]) -> Headers:
-    headers = defaultdict(list)
-    for line in lines:
-        if not (match := HEADER_LINE.fullmatch(line)):
-            raise Refusal(400, "a malformed header")
-        value = match[2].strip(b" \t").decode("latin-1")
-        headers[match[1].decode().lower()].append(value)
-    return headers
-
-
 def _check_lines(head: bytes | bytearray) -> None:
     refuse_if(not HEAD_START.match(head), 400, "a malformed request line")
     if head.count(b"\n", 0, HEAD_MAX) != head.count(b"\r\n", 0, HEAD_MAX):
         raise Refusal(400, "a line that does not end in CRLF")
 
 
-def _split(head: bytes) -> list[bytes]:
+def _parse_lines(head: bytes) -> tuple[bytes, Headers]:
+    """Return the first line and the headers; an empty line ahead of it is tolerated."""
     _check_lines(head)
-    lines = head.split(b"\r\n")[:-2]
-    if max(map(len, lines)) > LINE_MAX:
-        raise Refusal(414 if len(lines[0]) > LINE_MAX else 431, "a line that is too long")
-    refuse_if(len(lines) - 1 > HEADERS_MAX, 431, "more headers than are read")
-    return lines
+    first, *lines = head.removeprefix(b"\r\n").removesuffix(b"\r\n\r\n").split(b"\r\n")
+    refuse_if(len(first) > LINE_MAX, 414, "a line that is too long")
+    refuse_if(max(map(len, lines), default=0) > LINE_MAX, 431, "a line that is too long")
+    refuse_if(len(lines) > HEADERS_MAX, 431, "more headers than are read")
+    headers = defaultdict(list)
+    for line in lines:
+        if not (match := HEADER_LINE.fullmatch(line)):
+            raise Refusal(400, "a malformed header")
+        headers[match[1].decode().lower()].append(match[2].strip(b" \t").decode("latin-1"))
+    return first, headers
 
 
 @functools.lru_cache(HEADS_REMEMBERED)  # one who stays sends the same head again and again
 def _parse_head(head: bytes) -> Head:
-    lines = _split(head)
-    if not lines[0]:  # one empty line is tolerated: RFC 9112 section 2.2
-        del lines[0]
-    if not lines or not (match := REQUEST_LINE.fullmatch(lines[0])):
+    line, headers = _parse_lines(head)  # RFC 9112 section 2.2
+    if not (match := REQUEST_LINE.fullmatch(line)):
         raise Refusal(400, "a malformed request line")
     method, authority, target, major, minor = (part.decode() for part in match.groups(b""))
     elsewhere = authority and (target == "*" or not HOST.fullmatch(authority))
     if elsewhere or not (authority or target) or (target == "*" and method != "OPTIONS"):
         raise Refusal(400, "a malformed request line")
     refuse_if(major != "1" or minor not in "01", 505, "this server speaks HTTP/1.1")
-    headers = _parse_headers(lines[1:])
     hosts = headers["host"]
     refuse_if(len(hosts) > 1 or (not hosts and minor == "1"), 400, "not exactly one Host header")
     refuse_if(hosts and not HOST.fullmatch(hosts[0]), 400, "a malformed Host header")
     path, mark, query = (target or "/").partition("?")
-    return Head(method, path, mark + query, (1, int(minor)), headers)
+    return Head(method, path, mark + query, minor == "0", headers)
 
 
 def _frame(head: Head) -> None:
     codings, lengths = head.headers["transfer-encoding"], head.headers["content-length"]
     if codings:
-        doubt = lengths or len(codings) > 1 or head.version == (1, 0)
-        refuse_if(doubt, 400, "a length in doubt")
+        refuse_if(lengths or len(codings) > 1 or head.is_old, 400, "a length in doubt")
         if codings[0].lower() != "chunked":  # exactly, since others may read a list otherwise
             known = all(MEMBER.fullmatch(member.strip(" ")) for member in codings[0].split(","))
             raise Refusal(501 if known else 400, "a transfer coding other than chunked")
@@ -1018,11 +1024,11 @@ def _frame(head: Head) -> None:
         raise Refusal(400, "a malformed Content-Length")
     length = None if codings else int(lengths[0]) if lengths else 0
     refuse_if(length != 0 and head.method in ("GET", "HEAD"), 400, "a body where none belongs")
-    expected = set(list_members(head.headers, "expect")) if head.version == (1, 1) else set()
+    expected = set() if head.is_old else set(list_members(head.headers, "expect"))
     refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
     codings = list_members(head.headers, "content-encoding")
     refuse_if(set(codings) - {"identity"}, 415, "a compressed body")
-    head.last = "close" in list_members(head.headers, "connection") or head.version == (1, 0)
+    head.last = "close" in list_members(head.headers, "connection") or head.is_old
     head.length, head.expects, head.framed = length, bool(expected), True
 
 
@@ -1031,43 +1037,35 @@ class RequestReader:
 
     def __init__(self, body_max: int) -> None:
         self._body_max = body_max
-        self._buffer = bytearray()
-        self._requests = self._read()
+        self.buffer = bytearray()  # what was received, and is not read yet
+        self.requests = self._read()  # each once complete, None until then; may raise Refusal
         self.head: Head | None = None  # the newest, as far as it is known
         self.stage = "idle"  # then "head", then "body"
         self.wants_continue = False  # the client waits for a 100
 
-    def feed(self, data: bytes) -> None:
-        """Add what was received."""
-        self._buffer += data
-
-    def next_request(self) -> Request | None:
-        """Return the next complete request, None if more bytes are needed. Raises Refusal."""
-        return next(self._requests)
-
     @property
     def empty(self) -> bool:
         """Whether nothing is left of what was fed, not even part of a request."""
-        return self.stage == "idle" and not self._buffer
+        return self.stage == "idle" and not self.buffer
 
     def _read(self) -> Generator[Request | None, None, None]:
         while True:
-            while not self._buffer:
+            while not self.buffer:
                 yield None
             self.stage, self.head = "head", None
             while not (end := self._head_end()):
                 yield None
-            self.head = head = _parse_head(bytes(self._buffer[:end]))
+            self.head = head = _parse_head(bytes(self.buffer[:end]))
             if not head.framed:
                 _frame(head)
             length = head.length or 0
             refuse_if(length > self._body_max, 413, TOO_LARGE)
             self.stage = "body"
-            self.wants_continue = head.expects and head.length != 0 and len(self._buffer) == end
-            while len(self._buffer) < end + length:
+            self.wants_continue = head.expects and head.length != 0 and len(self.buffer) == end
+            while len(self.buffer) < end + length:
                 yield None
-            body = bytes(self._buffer[end : end + length])
-            del self._buffer[: end + length]
+            body = bytes(self.buffer[end : end + length])
+            del self.buffer[: end + length]
             if head.length is None:
                 body = yield from self._chunks()
             self.stage = "idle"
@@ -1075,11 +1073,11 @@ class RequestReader:
 
     def _head_end(self) -> int:
         """Return where an empty line ends, 0 where there is none yet. Raises Refusal."""
-        if (end := self._buffer.find(b"\r\n\r\n", 0, HEAD_MAX)) >= 0:
+        if (end := self.buffer.find(b"\r\n\r\n", 0, HEAD_MAX)) >= 0:
             return end + 4
-        _check_lines(self._buffer)
-        if len(self._buffer) >= HEAD_MAX:
-            long = self._buffer.find(b"\n", 0, LINE_MAX + 2) < 0
+        _check_lines(self.buffer)
+        if len(self.buffer) >= HEAD_MAX:
+            long = self.buffer.find(b"\n", 0, LINE_MAX + 2) < 0
             raise Refusal(414 if long else 431, "a line, or all lines together, are too long")
         return 0
 
@@ -1087,26 +1085,37 @@ class RequestReader:
         """Read a chunked body; extensions and trailers are dropped (RFC 9112 section 7.1)."""
         body = bytearray()
         while True:
-            while (end := self._buffer.find(b"\r\n", 0, CHUNK_LINE_MAX)) < 0:
-                refuse_if(len(self._buffer) >= CHUNK_LINE_MAX, 400, "a malformed chunk")
+            while (end := self.buffer.find(b"\r\n", 0, CHUNK_LINE_MAX)) < 0:
+                refuse_if(len(self.buffer) >= CHUNK_LINE_MAX, 400, "a malformed chunk")
                 yield None
-            if not (match := CHUNK_LINE.fullmatch(self._buffer[:end])):
+            if not (match := CHUNK_LINE.fullmatch(self.buffer[:end])):
                 raise Refusal(400, "a malformed chunk")
             size = int(match[1], 16)
             refuse_if(len(body) + size > self._body_max, 413, TOO_LARGE)
-            del self._buffer[:end]  # but not its CRLF, so that what follows has one on both sides
+            del self.buffer[:end]  # but not its CRLF, so that what follows has one on both sides
             if size == 0:
                 break
-            while len(self._buffer) < size + 4:
+            while len(self.buffer) < size + 4:
                 yield None
-            refuse_if(self._buffer[size + 2 : size + 4] != b"\r\n", 400, "a malformed chunk")
-            body += self._buffer[2 : size + 2]
-            del self._buffer[: size + 4]
+            refuse_if(self.buffer[size + 2 : size + 4] != b"\r\n", 400, "a malformed chunk")
+            body += self.buffer[2 : size + 2]
+            del self.buffer[: size + 4]
         while not (end := self._head_end()):
             yield None
-        _parse_headers(_split(bytes(self._buffer[:end]))[1:])
-        del self._buffer[:end]
+        _parse_lines(b"0" + self.buffer[:end])  # as if behind the last size line
+        del self.buffer[:end]
         return bytes(body)
+
+
+def forwarded_for(name: Any, values: list[str], trusted: Sequence[Any]) -> str:
+    """Return whom a request comes from: the last of X-Forwarded-For that no trusted proxy is."""
+    client, at = address(name), name[0] if isinstance(name, tuple) else ""  # "": a Unix socket
+    with contextlib.suppress(ValueError):  # what is no address ends the chain
+        for hop in reversed(",".join(values).split(",")):
+            if at and not any(ipaddress.ip_address(at) in network for network in trusted):
+                break
+            client = at = str(ipaddress.ip_address(hop.strip()))
+    return client
 
 
 @functools.lru_cache(64)
@@ -1146,7 +1155,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._closing:
-            self._reader.feed(data)
+            self._reader.buffer += data
             if self._owed:
                 self.transport.pause_reading()
             else:
@@ -1178,45 +1187,42 @@ class HTTPConnection(asyncio.Protocol):
         if state != self._state:
             new = doing == "idle" and self._reader.head is None  # which has to say something
             self._state, self._deadline = state, now + TIMEOUTS_S["head" if new else doing]
-        if doing == "idle" and (now >= self._deadline or self._router.stopping):
-            if not self._owed:
-                self._close()
-        elif now >= self._deadline and doing in ("write", "linger"):
+        late = now >= self._deadline
+        if doing == "idle" and (late or self._router.stopping) and not self._owed:
+            self._close()
+        elif late and doing in ("write", "linger"):
             self.transport.abort()
-        elif now >= self._deadline:
+        elif late and doing != "idle":
             self._refuse(Refusal(408, f"the {doing} took too long"))
 
     def answer(self, response: Response) -> None:
-        """Write the answer that the router owed, and go on with what came meanwhile."""
+        """Write the answer that the router owed."""
         self._owed = False
         if not self._closing:
             self._write(response)
-            if self._ended or not self._reader.empty or not self.transport.is_reading():
-                asyncio.get_running_loop().call_soon(self._advance)
 
     def _advance(self) -> None:
+        if self._closing or self._paused or self._owed:
+            return
         try:
-            while not (self._closing or self._paused or self._owed):
-                if request := self._reader.next_request():
-                    self._handle(request)
-                    if not (self._closing or self._owed or self._reader.empty):
-                        self.transport.pause_reading()  # others have their turn first
-                        asyncio.get_running_loop().call_soon(self._advance)
-                        break
-                elif self._ended:
-                    refuse_if(not self._reader.empty, 400, "the request ended early")
-                    self._close()
-                else:
-                    self.transport.resume_reading()
-                    if self._reader.wants_continue:
-                        self._reader.wants_continue = False
-                        self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                    break
+            if request := next(self._reader.requests):
+                self._handle(request)
+            elif self._ended:
+                refuse_if(not self._reader.empty, 400, "the request ended early")
+                self._close()
+            else:
+                self.transport.resume_reading()
+                if self._reader.wants_continue:
+                    self._reader.wants_continue = False
+                    self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         except Refusal as refusal:
             self._refuse(refusal)
 
     def _handle(self, request: Request) -> None:
         self._state = "", None, 0  # the next head is another one
+        if trusted := self._daemon.settings.trusted_proxies:
+            name = self.transport.get_extra_info("peername")
+            self.peer = forwarded_for(name, request[0].headers["x-forwarded-for"], trusted)
         response = self._router.process_request(self, request)
         self._owed = response is None
         if isinstance(response, Response):
@@ -1224,9 +1230,9 @@ class HTTPConnection(asyncio.Protocol):
         elif response:  # a subscriber, which takes over
             early = not self._reader.empty and isinstance(response, WebSocketSubscriber)
             refuse_if(early, 400, "bytes behind a handshake without an answer yet")
-            head = response.head
-            self.transport.write(_render(head.status, head.headers, 0, False, int(time.time())))
+            self.transport.write(self._head(response.head))
             self.connection_lost(None)  # for this side of it
+            response.peer = self.peer
             self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
             self.transport.set_protocol(response)
             self.transport.resume_reading()  # which a pipeline may have paused
@@ -1235,13 +1241,21 @@ class HTTPConnection(asyncio.Protocol):
     def _refuse(self, refusal: Refusal) -> None:
         self._write(self._router.refuse(self, self._reader.head, refusal), True)
 
+    def _head(self, response: Response, last: bool = False) -> bytes:
+        self._daemon.counts["http_requests"][f'{{code="{response.status}"}}'] += 1
+        length = len(response.body)
+        return _render(response.status, response.headers, length, last, int(time.time()))
+
     def _write(self, response: Response, last: bool = False) -> None:
         body, head = response.body, self._reader.head
         last = last or head is None or head.last or self._router.stopping
-        data = _render(response.status, response.headers, len(body), last, int(time.time()))
+        data = self._head(response, last)
         self.transport.write(data if head and head.method == "HEAD" else data + body)
         if last:
             self._close()
+        elif self._ended or not self._reader.empty or not self.transport.is_reading():
+            self.transport.pause_reading()  # others have their turn before its next request
+            asyncio.get_running_loop().call_soon(self._advance)
 
     def _close(self) -> None:
         # To close a socket with bytes unread would reset it, and lose the answer: where more may
@@ -1370,12 +1384,104 @@ CONSOLE = r"""<!doctype html>
 </script>
 """
 INLINE = re.findall(r"<(?:style|script)[^>]*>(.*?)</", CONSOLE, re.DOTALL)
-STYLE, SCRIPT = (base64.b64encode(hashlib.sha256(p.encode()).digest()).decode() for p in INLINE)
 POLICY = (
-    f"default-src 'none'; script-src 'self' 'sha256-{SCRIPT}'; style-src 'sha256-{STYLE}'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+    "default-src 'self'; style-src 'sha256-{}'; script-src 'self' 'sha256-{}'; img-src data:; "
+    "base-uri 'none'; frame-ancestors 'none'"
+).format(*(base64.b64encode(hashlib.sha256(i.encode()).digest()).decode() for i in INLINE))
 PAGES = {"/": (CONSOLE.encode(), "text/html"), "/notiflux.js": (CLIENT.encode(), "text/javascript")}
+
+
+# --- Observation: what the operator, Prometheus and systemd see. ---
+
+
+class LogHandler(logging.Handler):
+    """One record, one line of printable ASCII; for the journal with its priority, no time.
+
+    Nobody waits for a reader that is stuck, or reads one line again and again: it is counted.
+    """
+
+    def __init__(self, journal_stream: str) -> None:
+        super().__init__()
+        stderr = os.fstat(2)  # systemd.exec(5): where the journal reads, it says so
+        self.journal = journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
+        self._second, self._lines = 0, Counter[str]()  # of each event in it
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._second != int(record.created):
+            more = {event: n - LINES_MAX for event, n in self._lines.items() if n > LINES_MAX}
+            self._second, self._lines = int(record.created), Counter()
+            for event, count in more.items():
+                log.warning("suppressed lines=%d event=%s", count, event.split("=")[0])
+        self._lines[record.msg] += 1
+        if self._lines[record.msg] <= LINES_MAX:
+            with contextlib.suppress(OSError):
+                if select.select([], [2], [], 0)[1]:
+                    os.write(2, f"{self.format(record)}\n".encode())
+
+    def format(self, record: logging.LogRecord) -> str:
+        level, line = record.levelname.lower(), printable(record.getMessage(), 2000)
+        if record.exc_info:
+            trace = logging.Formatter().formatException(record.exc_info)
+            line += f" traceback={printable(trace, 2000)}"
+        if self.journal:
+            priority = {"debug": 7, "info": 6, "warning": 4}.get(level, 3)  # syslog's
+            return f"<{priority}>{line}"
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        return f"{when} {level} {line}"
+
+
+def exposition(daemon: Any) -> bytes:
+    """Return the metrics in Prometheus' text format, in the same time whoever is connected."""
+    hub, history, counts, resident = daemon.hub, daemon.hub.history, daemon.counts, 0
+    with contextlib.suppress(OSError):  # Linux has it
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        resident = pages * resource.getpagesize()
+    below = itertools.accumulate(hub.took)
+    took = {f'_bucket{{le="{le}"}}': n for le, n in zip((*TOOK_S, "+Inf"), below, strict=True)}
+    took |= {"_sum": hub.took_s, "_count": hub.broadcasts}
+    lines = []
+    for name, kind, about, value in (
+        ("notiflux_connections", "gauge", "Open connections", len(daemon.connections)),
+        ("notiflux_subscriptions", "gauge", "Topics of all subscribers", hub.subscriptions),
+        ("notiflux_topics", "gauge", "Topics with a subscriber", len(hub.topics)),
+        ("notiflux_broadcasts_total", "counter", "Broadcasts that happened", hub.broadcasts),
+        ("notiflux_deliveries_total", "counter", "Messages queued to subscribers", hub.deliveries),
+        ("notiflux_refusals_total", "counter", "Refused requests and commands", counts["refusals"]),
+        ("notiflux_disconnects_total", "counter", "Subscribers that went", counts["disconnects"]),
+        ("notiflux_http_requests_total", "counter", "Answered requests", counts["http_requests"]),
+        ("notiflux_history_messages", "gauge", "Messages held for resume", len(history.held)),
+        ("notiflux_history_bytes", "gauge", "Memory that they take", history.bytes_held),
+        ("notiflux_broadcast_seconds", "histogram", "From a broadcast to its answer", took),
+        ("process_cpu_seconds_total", "counter", "CPU time", time.process_time()),
+        ("process_resident_memory_bytes", "gauge", "Memory", resident),
+        ("process_start_time_seconds", "gauge", "When it started, since 1970", daemon.started_s),
+    ):
+        lines += [f"# HELP {name} {about}.", f"# TYPE {name} {kind}"]
+        values = value if isinstance(value, dict) else {"": value}
+        lines += [f"{name}{labels} {number}" for labels, number in values.items()]
+    return "\n".join([*lines, ""]).encode()
+
+
+def notify(environment: Mapping[str, str], *lines: str) -> None:
+    """Tell systemd, where it wants to hear: sd_notify(3)."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+        end.setblocking(False)
+        where = re.sub("^@", "\0", environment.get("NOTIFY_SOCKET", ""))
+        end.sendto("\n".join(lines).encode(), where)
+
+
+def activated_sockets(environment: Mapping[str, str]) -> list[socket.socket]:
+    """Return those on which systemd listens for us: sd_listen_fds(3). Raises SettingsError."""
+    if environment.get("LISTEN_PID") != str(os.getpid()):
+        return []
+    try:
+        count = int(environment.get("LISTEN_FDS", ""))
+        found = [socket.socket(fileno=3 + number) for number in range(count)]
+        if not all(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for one in found):
+            raise ValueError
+    except (OSError, ValueError) as exc:
+        raise SettingsError("LISTEN_FDS: expected listening sockets, from descriptor 3 on") from exc
+    return found
 
 
 # --- Routes: where a path and a method become an answer. No bytes of HTTP. ---
@@ -1400,8 +1506,8 @@ class Router:
             "/broadcast": (["POST"], self._broadcast),
             "/ws": (read, self._websocket),
             "/sse": (read, self._event_stream),
-            "/messages": (read, self._messages),
             "/health": (read, self._health),
+            "/metrics": (read, self._metrics),
             **dict.fromkeys(PAGES, (read, self._page)),
         }
 
@@ -1415,7 +1521,7 @@ class Router:
     def refuse(self, connection: Any, head: Head | None, refusal: Refusal) -> Response:
         """Return the answer that says no, and log it; `head` as far as it was read."""
         operation = head.path.lstrip("/") if head and head.path in self._routes else ""
-        refusal.log(connection.peer, operation or "request")
+        self._daemon.refused(connection.peer, operation or "request", refusal)
         body = {"error": refusal.code, "detail": refusal.detail}
         return self._respond(head, refusal.status, body, refusal.headers)
 
@@ -1424,7 +1530,7 @@ class Router:
             refuse_if(len(origins) > 1, 400, "more than one Origin header")
             refuse_if(not self._open(head), 403, "this origin is not one of ALLOWED_ORIGINS")
         methods, answer = self._routes.get(head.path, ([], None))
-        if head.query and head.path not in ("/sse", "/messages"):
+        if head.query and head.path != "/sse":
             answer = None
         if head.method == "OPTIONS" and (answer or head.path == "*"):
             return lambda connection, request: self._respond(head, 204, b"", PREFLIGHT)
@@ -1457,10 +1563,14 @@ class Router:
         status, word = (503, "stopping") if self.stopping else (200, "ok")
         return self._respond(request[0], status, {"status": word}, NO_STORE)
 
+    def _metrics(self, connection: Any, request: Request) -> Response:
+        more = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"} | NO_STORE
+        return self._respond(request[0], 200, exposition(self._daemon), more)
+
     def _websocket(self, connection: Any, request: Request) -> WebSocketSubscriber:
         """Return the subscriber that a good handshake makes (RFC 6455 section 4.2)."""
         head, headers = request[0], request[0].headers
-        upgrade = "upgrade" in list_members(headers, "connection") and head.version == (1, 1)
+        upgrade = "upgrade" in list_members(headers, "connection") and not head.is_old
         if not upgrade or list_members(headers, "upgrade") != ["websocket"] or head.method != "GET":
             why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
             raise Refusal(426, why)
@@ -1477,7 +1587,20 @@ class Router:
         more |= {"Sec-WebSocket-Protocol": SUBPROTOCOL} if json_mode else {}
         return WebSocketSubscriber(self._daemon, Response(101, tuple(more.items())), json_mode)
 
+    def _recognize(self, head: Head, data: bytes) -> Any:
+        """Raise Refusal unless there is some good token: others have to wait while it is parsed."""
+        found = [value[7:].strip(" ") for value in head.headers["authorization"]]
+        refusal = Refusal(401, "no token was seen in so large a body: send Authorization: Bearer")
+        for token in (found or TOKEN_MEMBER.findall(data.decode("latin-1")))[:9]:
+            try:
+                return self._daemon.verifier.verify(token)
+            except Refusal as exc:
+                refusal = exc
+        raise refusal
+
     def _broadcast(self, connection: Any, request: Request) -> None:
+        if len(request[1]) > STRANGER_MAX:
+            self._recognize(*request)
         try:
             body = parse_json(request[1])
         except ValueError as exc:
@@ -1502,17 +1625,6 @@ class Router:
         start = self._respond(head, 200, b"", STREAM | more)
         return Subscriber(self._daemon, start, *query) if more else start
 
-    def _messages(self, connection: Any, request: Request) -> Response:
-        topics, _, since = self._query(request[0])
-        history, room = self._daemon.hub.history, self._daemon.settings.max_buffer_bytes
-        found, recovered = history.since(topics, since or "all")
-        sizes = itertools.accumulate(message.size for message in found)
-        page = [m for m, size in zip(found, sizes, strict=True) if size <= room] or found[:1]
-        position = history.position if page == found else page[-1].id
-        items = ",".join(f"{{{message.members}}}" for message in page)
-        body = f'{{"id":"{position}","recovered":{dump_json(recovered)},"messages":[{items}]}}\n'
-        return self._respond(request[0], 200, body.encode(), JSON | NO_STORE)
-
     def _query(self, head: Head) -> tuple[list[str], Claims, str]:
         try:
             pairs = urllib.parse.parse_qsl(head.query[1:], True, True, errors="strict")
@@ -1536,60 +1648,24 @@ class Router:
         return self._daemon.verifier.authorize(tokens[0], scope, topics)
 
 
-# --- Observation: what the operator sees. ---
-
-PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4}  # syslog's; else 3
-
-
-class LogFormatter(logging.Formatter):
-    """One record, one line of printable ASCII; for the journal with its priority, no time."""
-
-    def __init__(self, journal: bool) -> None:
-        super().__init__()
-        self.journal = journal
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = printable(record.getMessage(), 2000)
-        if record.exc_info:
-            line += f" traceback={printable(self.formatException(record.exc_info), 8000)}"
-        if self.journal:
-            return f"<{PRIORITIES.get(record.levelno, 3)}>{line}"
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        return f"{when} {record.levelname.lower()} {line}"
-
-
-def start_logging(level: str, journal_stream: str) -> None:
-    """Log to standard error; to the journal where that is `journal_stream` (systemd.exec(5))."""
-    stderr = os.fstat(sys.stderr.fileno()) if journal_stream else None
-    handler = logging.StreamHandler()
-    journal = stderr is not None and journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
-    handler.setFormatter(LogFormatter(journal))
-    # Below that websockets logs whole frames, tokens included.
-    logging.basicConfig(handlers=[handler], level=logging.ERROR, force=True)
-    log.setLevel(level.upper())
-
-
 # --- Daemon: wires the rooms, and carries them from listening to drained. ---
 
 
-class Selector(selectors.DefaultSelector):
-    """Reports READY_MAX sockets at most, in turn: so no turn of the loop takes long."""
+class Loop(asyncio.SelectorEventLoop):
+    """asyncio's, but no turn takes long, and no connection a task (Python 3.11 to 3.13)."""
 
     def __init__(self) -> None:
-        super().__init__()
-        epoll: Any = getattr(self, "_selector", None)
-        if hasattr(epoll, "poll"):  # Linux, Python 3.11 to 3.13
+        selector: Any = selectors.DefaultSelector()
+        epoll: Any = getattr(selector, "_selector", None)
+        if hasattr(epoll, "poll"):  # Linux: READY_MAX sockets in a turn, each when it is its turn
             names = "register", "modify", "unregister", "close", "fileno"
-            same = {name: getattr(epoll, name) for name in names}
+            same: dict[str, Any] = {name: getattr(epoll, name) for name in names}
             same["poll"] = lambda wait_s, most: epoll.poll(wait_s, min(most, READY_MAX))
-            self._selector = SimpleNamespace(**same)
-
-
-class Loop(asyncio.SelectorEventLoop):
-    """asyncio's, but it takes a connection without a task and a future (Python 3.11 to 3.13)."""
+            selector._selector = SimpleNamespace(**same)
+        super().__init__(selector)
 
     def _accept_connection(self, factory: Any, sock: Any, *rest: Any) -> None:
-        tls, server, backlog, *timeouts = rest
+        tls, server, _, *timeouts = rest
         if tls is None:
             with contextlib.suppress(OSError):  # nobody waits, or no descriptor is left
                 for _ in range(ACCEPT_MAX):
@@ -1597,16 +1673,17 @@ class Loop(asyncio.SelectorEventLoop):
                     client.setblocking(False)
                     self._make_socket_transport(client, factory())  # type: ignore[attr-defined]
                 return
-        rest = tls, server, min(backlog, ACCEPT_MAX), *timeouts
-        super()._accept_connection(factory, sock, *rest)  # type: ignore[misc]
+        # One, since each that fails would put off all for a second, and say so, on its own.
+        super()._accept_connection(factory, sock, tls, server, 1, *timeouts)  # type: ignore[misc]
 
 
 class Daemon:
     """The server. All of it runs in the loop that calls run(). Raises SettingsError."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.verifier = TokenVerifier(load_keys(settings))
-        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64
+    def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
+        self.verifier, self._environment = TokenVerifier(load_keys(settings)), environment
+        self._notify = functools.partial(notify, environment)
+        self.started_s, allowed = time.time(), resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64
         if (settings.max_connections or 1) > allowed:
             raise SettingsError(f"MAX_CONNECTIONS: expected at most {allowed}, as open files allow")
         self.settings = replace(settings, max_connections=settings.max_connections or allowed)
@@ -1614,17 +1691,30 @@ class Daemon:
         self.hub = Hub(History(*bounds), min(BATCH_MAX, settings.max_buffer_bytes // 8))
         self.clients: set[HTTPConnection] = set()  # that may send requests
         self.beats: OrderedDict[Subscriber, float] = OrderedDict()  # and when each is due
+        self.counts = defaultdict[str, Counter[Any]](Counter)  # refusals and others, by why
         self._router = Router(self)
-        self._tls: ssl.SSLContext | None = None
-        if settings.tls_cert_file is not None:
-            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # TLS 1.2 and newer
-            self._tls.set_alpn_protocols(["http/1.1"])
-            try:
-                self._tls.load_cert_chain(settings.tls_cert_file, settings.tls_key_file, "")
-            except OSError as exc:  # ssl.SSLError is one
-                expected = "a certificate chain in PEM and its key"
-                raise SettingsError(f"TLS_CERT_FILE, TLS_KEY_FILE: expected {expected}") from exc
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if settings.tls_cert_file else None
+        self._load_certificate()
         self._stop = asyncio.Event()
+
+    def refused(self, peer: str, operation: str, refusal: Refusal) -> None:
+        """Count a refusal, and log it in the one stable form that other programs may read."""
+        self.counts["refusals"][f'{{reason="{refusal.code}"}}'] += 1
+        why, detail = refusal.code, refusal.detail
+        log.info('refused peer=%s op=%s why=%s detail="%s"', peer, operation, why, detail)
+
+    def _load_certificate(self) -> None:
+        cert, key = cast(str, self.settings.tls_cert_file), self.settings.tls_key_file
+        try:
+            for context in (
+                [ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self._tls] if self._tls else []
+            ):
+                context.load_cert_chain(cert, key, "")  # first one of no use: it may fail half-way
+                    *files, ""
+                )  # into one of no use first: it may fail half-way
+        except OSError as exc:  # ssl.SSLError is one
+            expected = "a certificate chain in PEM and its key"
+            raise SettingsError(f"TLS_CERT_FILE, TLS_KEY_FILE: expected {expected}") from exc
 
     @property
     def connections(self) -> list[HTTPConnection | Subscriber]:
@@ -1635,13 +1725,13 @@ class Daemon:
         """Serve until stop() is called; call `listening` with the URLs. Raises CommandError."""
         self.hub.call_soon = asyncio.get_running_loop().call_soon
         try:
-            server = await self._serve()
+            servers = await self._serve()
         except (OSError, UnicodeError) as exc:
             port = "" if self.settings.host.startswith("unix:") else f":{self.settings.port}"
             why = f"{self.settings.host}{port}: {getattr(exc, 'strerror', None) or exc}"
             raise CommandError(f"HOST, PORT: cannot listen on {why}") from exc
         urls, scheme = [], "https" if self._tls else "http"
-        for listener in server.sockets:
+        for listener in itertools.chain(*(server.sockets for server in servers)):
             with contextlib.suppress(AttributeError, OSError):  # Linux: a peer that acknowledges
                 silence_ms = int(2000 * self.settings.ping_interval)  # nothing is gone
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
@@ -1649,80 +1739,97 @@ class Daemon:
             urls.append(name if name.startswith("unix:") else f"{scheme}://{name}")
             log.info("listening url=%s version=%s", urls[-1], VERSION)
         listening(urls)
+        self._notify("READY=1")
         self._sweep()
         await self._stop.wait()
-        await self._drain(server)
+        self._notify("STOPPING=1")
+        await self._drain(servers)
 
     def stop(self) -> None:
         """Begin to drain; called once more, cut whoever is left."""
-        if self._stop.is_set():
-            self._cut()
+        for connection in self.connections if self._stop.is_set() else ():
+            connection.transport.abort()
         self._stop.set()
 
     def reload(self) -> None:
-        """Read the keys again. A bad file leaves the old keys in force, and is logged."""
+        """Read keys and certificate again. Bad ones leave the old in force, and are logged."""
+        self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             keys = load_keys(self.settings)
+            self._load_certificate()
             self.verifier.replace_keys(keys)
             log.info("reloaded keys=%d", len(keys))
         except SettingsError as exc:
             log.error("reload failed, the old keys stay: %s", exc)
+        self._notify("READY=1")
 
-    async def _serve(self) -> websockets.asyncio.server.Server:
+    async def _serve(self) -> list[websockets.asyncio.server.Server]:
         settings = self.settings
-        where: dict[str, Any] = {"host": settings.host, "port": settings.port}
-        if settings.host.startswith("unix:"):
-            where = {"unix": True, "path": settings.host.removeprefix("unix:")}
+        where: list[dict[str, Any]] = [
+            {"sock": sock} for sock in activated_sockets(self._environment)
+        ]
+        if not where and settings.host.startswith("unix:"):
+            where = [{"unix": True, "path": settings.host.removeprefix("unix:")}]
             with socket.socket(socket.AF_UNIX) as client:  # asyncio removes one that nobody serves
                 client.setblocking(False)
-                error = client.connect_ex(where["path"]) or errno.EADDRINUSE
+                error = client.connect_ex(where[0]["path"]) or errno.EADDRINUSE
             if error not in (errno.ECONNREFUSED, errno.ENOENT):
                 raise OSError(error, os.strerror(error))
-
         connection: Any = functools.partial(HTTPConnection, self, self._router)
-        hook, handler = self._router.process_request, cast(Any, None)  # never called: no task each
-        where |= {"process_request": hook, "create_connection": connection, "ssl": self._tls}
-        return await websockets.asyncio.server.serve(handler, backlog=LISTEN_QUEUE, **where)
+        how: Any = {"process_request": self._router.process_request, "backlog": LISTEN_QUEUE}
+        how |= {"handler": None, "create_connection": connection, "ssl": self._tls}
+        where = where or [{"host": settings.host, "port": settings.port}]
+        servers = [await websockets.asyncio.server.serve(**each, **how) for each in where]
+        if "path" in where[0]:
+            os.chmod(
+                where[0]["path"], 0o666
+            )  # a proxy is another user, and tokens say who may what
+        return servers
 
     def _sweep(self) -> None:
         loop, beats = asyncio.get_running_loop(), self.beats
         now = loop.time()
         for connection in tuple(self.clients):
             connection.tick(now)
-        for subscriber in [one for one in self.beats if one.expiring]:
-            subscriber.expire()
+        for subscriber in [one for one in beats if one.expiring]:
+            if ended := [
+                topic for topic, at_s in subscriber.expiring.items() if at_s <= time.time()
+            ]:
+                subscriber.end(ended)
         due = itertools.takewhile(lambda item: item[1] <= now, beats.items())
         for subscriber, _ in tuple(itertools.islice(due, BEATS_MAX)):
             beats.move_to_end(subscriber)
             beats[subscriber] = now + self.settings.ping_interval
             subscriber.beat()
+        if len(self.clients) + len(beats) >= self.settings.max_connections:  # to make room
+            for idle in [one for one in beats if not one.topics and one.since_s < now - 10]:
+                idle.dismiss("silent")
         self.hub.history.expire(time.monotonic(), at_most=10_000)  # some 20 ms
+        connections, topics = len(self.connections), len(self.hub.topics)
+        self._notify("WATCHDOG=1", f"STATUS={connections=} {topics=}")
         if not self._stop.is_set():  # then _drain calls it
             late = any(at <= now for at in itertools.islice(beats.values(), 1))
             pause = 0.01 if late else min(SWEEP_S, self.settings.ping_interval / 4)
             loop.call_later(pause, self._sweep)
 
-    async def _drain(self, server: websockets.asyncio.server.Server) -> None:
+    async def _drain(self, servers: list[websockets.asyncio.server.Server]) -> None:
         loop, subscribers = asyncio.get_running_loop(), list(self.beats)
         deadline = loop.time() + self.settings.stop_timeout
         log.info("stopping connections=%d", len(self.connections))
         self._router.stopping = True
-        server.close(close_connections=False)  # the listening sockets, at once
+        for server in servers:
+            server.close(close_connections=False)  # the listening sockets, at once
         await asyncio.sleep(0.02)  # until it did, and who was taken just before is known
         share = math.ceil(len(subscribers) / max(1, self.settings.stop_timeout / 2 / 0.02))
         while self.connections and loop.time() < deadline:
             for subscriber in subscribers[:share]:
-                subscriber.dismiss(1012, "the server restarts: reconnect after a random pause")
+                subscriber.dismiss("stopping")
             del subscribers[:share]
             await asyncio.sleep(0.02)
             self._sweep()
         log.info("stopped connections_cut=%d", len(self.connections))
         # Not wait_closed(): from Python 3.12 on it waits for TLS handshakes, which nothing can cut.
-        self._cut()
-
-    def _cut(self) -> None:
-        for connection in tuple(self.connections):
-            connection.transport.abort()
+        self.stop()
 
 
 # --- Command line: one function a command. The one place that touches the process. ---
@@ -1731,13 +1838,10 @@ WELCOME = """\
 notiflux {version}, with a throwaway key: FOR TRYING IT OUT, NOT FOR PRODUCTION. Ctrl-C stops it.
 In a browser: {url}/#topic=news&subscribe={subscribe}&broadcast={broadcast}
 In two more terminals:
-   {python} {file} subscribe news --url {url} --token {subscribe}
+   curl -N '{url}/sse?topic=news' -H 'Authorization: Bearer {subscribe}'
    curl {url}/broadcast -d '{{"topic": "news", "message": "hello", "token": "{broadcast}"}}'
 The tokens are good for every topic, until this stops. What next: README.md, "Deployment".
 """
-
-
-NO_ANSWER = (OSError, ValueError, LookupError, TypeError, http.client.HTTPException)
 
 
 def _new_keys() -> tuple[bytes, bytes]:
@@ -1760,17 +1864,9 @@ def _private_key(path: str) -> ec.EllipticCurvePrivateKey:
 
 
 def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], expires_s: float) -> str:
-    claims = {"sub": "notiflux", "exp": int(time.time() + expires_s), "scope": scope}
-    claims |= {"topics": topics} | ({"topic_prefixes": prefixes} if prefixes else {})
-    return jwt.encode(claims, key, "ES256")
-
-
-def _client_token(options: argparse.Namespace, scope: str, topics: list[str]) -> str:
-    given = options.token or ("" if options.key else os.environ.get("NOTIFLUX_TOKEN"))
-    path = options.key or os.environ.get("NOTIFLUX_KEY_FILE", "")
-    if not given and not path:
-        options.wrong_usage("expected --token, --key, NOTIFLUX_TOKEN or NOTIFLUX_KEY_FILE")
-    return given or _sign(_private_key(path), scope, topics, [], 60)
+    exp = int(time.time() + expires_s)
+    claims = {"sub": "notiflux", "exp": exp, "scope": scope, "topics": topics}
+    return jwt.encode(claims | ({"topic_prefixes": prefixes} if prefixes else {}), key, "ES256")
 
 
 def _duration(text: str) -> int:
@@ -1781,18 +1877,21 @@ def _duration(text: str) -> int:
 
 def _settings(**changes: str) -> Settings:
     settings = Settings.from_environment({**os.environ, **changes})
-    start_logging(settings.log_level, os.environ.get("JOURNAL_STREAM", ""))
+    # Below ERROR websockets logs whole frames, tokens included.
+    handlers = [LogHandler(os.environ.get("JOURNAL_STREAM", ""))]
+    logging.basicConfig(handlers=handlers, level=logging.ERROR, force=True)
+    log.setLevel(settings.log_level.upper())
     return settings
 
 
 def _run(settings: Settings, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
     if os.environ.get("WORKER_COUNT"):
         log.info("ignored WORKER_COUNT: one process serves all")
-    with asyncio.Runner(loop_factory=lambda: Loop(Selector())) as runner:
-        daemon, loop = Daemon(settings), runner.get_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, daemon.stop)
-        loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    with asyncio.Runner(loop_factory=Loop) as runner:
+        daemon, loop = Daemon(settings, os.environ), runner.get_loop()
+        acts = {"TERM": daemon.stop, "INT": daemon.stop, "HUP": daemon.reload}
+        for name, act in (acts | dict.fromkeys(("USR1", "USR2"), lambda: None)).items():
+            loop.add_signal_handler(signal.Signals[f"SIG{name}"], act)
         gc.freeze()  # with rarer collections, a third less for a crowd that connects at once
         gc.set_threshold(50_000, 20, 50)
         runner.run(daemon.run(listening))
@@ -1801,13 +1900,12 @@ def _run(settings: Settings, listening: Callable[[list[str]], None] = lambda url
 def dev_command(options: argparse.Namespace) -> None:
     """run the daemon with a throwaway key, and print what to type next"""
     private, public = _new_keys()
-    in_b64 = base64.b64encode(public).decode()
 
     def welcome(urls: list[str]) -> None:
         tokens = {s: _sign(private, s, [], [""], 365 * 86400) for s in ("subscribe", "broadcast")}
-        places = {"url": urls[0], "python": sys.executable, "file": sys.argv[0]}
-        print(WELCOME.format(version=VERSION, **places, **tokens), flush=True)
+        print(WELCOME.format(version=VERSION, url=urls[0], **tokens), flush=True)
 
+    in_b64 = base64.b64encode(public).decode()
     _run(_settings(JWT_PUBLIC_KEY_B64=in_b64, JWT_PUBLIC_KEY_FILE=""), welcome)
 
 
@@ -1839,71 +1937,13 @@ def token_command(options: argparse.Namespace) -> None:
 
 def check_command(options: argparse.Namespace) -> None:
     """check settings and key, or say what a token grants"""
-    Daemon(settings := _settings())
+    Daemon(settings := _settings(), {})
     claims = options.token and TokenVerifier(load_keys(settings)).verify(options.token)
     print("settings and key are good")
     if claims:
         topics = [*sorted(claims.topics), *(f"{prefix}..." for prefix in claims.topic_prefixes)]
         print(f"{claims.scope}: {', '.join(map(printable, topics))}")
         print(f"good for another {max(0, round(claims.exp - time.time()))} s")
-
-
-def _ask(options: argparse.Namespace, path: str, body: bytes | None, **headers: str) -> Any:
-    import urllib.request  # large, and of no use to the daemon
-
-    request = urllib.request.Request(options.url.rstrip("/") + path, body, headers)
-    try:
-        return urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as exc:
-        if body is None and exc.code >= 500:  # may be tried again
-            raise
-        said = printable(exc.read(1000).decode(errors="replace").strip(), 1000)
-        raise CommandError(f"refused: {exc.code} {said}") from exc
-
-
-def publish_command(options: argparse.Namespace) -> None:
-    """broadcast one message, and print its id and how many it reached"""
-    token, message = _client_token(options, "broadcast", [options.topic]), options.message
-    try:
-        if message == "-":
-            message = sys.stdin.buffer.read().decode().removesuffix("\n")
-        body = json.dumps({"topic": options.topic, "message": message, "token": token}).encode()
-        with _ask(options, "/broadcast", body) as response:
-            answer = json.load(response)
-            print(answer["id"], answer["delivered"])
-    except NO_ANSWER as exc:
-        raise CommandError(f"no answer, so it may or may not have happened: {exc}") from exc
-
-
-def _events(options: argparse.Namespace) -> Generator[Any, None, None]:
-    topics, since = [("topic", topic) for topic in options.topic], options.since
-    while True:
-        more, read = [("since", since)] if since else [], dict[str, str]()
-        path = "/sse?" + urllib.parse.urlencode([*topics, *more])
-        bearer = f"Bearer {_client_token(options, 'subscribe', options.topic)}"
-        try:
-            with _ask(options, path, None, Authorization=bearer) as stream:
-                if stream.headers.get_content_type() != "text/event-stream":
-                    raise CommandError(f"{options.url} does not answer as notiflux would")
-                for line in stream:
-                    name, _, read[name] = line.decode().rstrip("\n").partition(": ")
-                    if line == b"\n" and "data" in read:  # the end of an event
-                        yield json.loads(read["data"])
-                        since, read = read.get("id", since), {}
-        except NO_ANSWER as exc:
-            print(f"notiflux: cannot connect: {exc}", file=sys.stderr)
-        time.sleep(random.random())
-
-
-def subscribe_command(options: argparse.Namespace) -> None:
-    """print messages as they come; reconnect and resume by itself"""
-    for event in _events(options):
-        if event.get("recovered") is False:
-            topics = ", ".join(map(printable, event["topics"]))
-            print(f"notiflux: {topics}: messages may have been missed", file=sys.stderr)
-        if event["event"] == "message":
-            text = event if options.json else event["message"]
-            print(text if isinstance(text, str) else dump_json(text), flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -1931,17 +1971,6 @@ def _parser() -> argparse.ArgumentParser:
     token("--key", default=os.environ.get("NOTIFLUX_KEY_FILE"), help="private.pem")
     token("--expires", type=_duration, default=60, help="how long it is good (60s)")
     add(check_command)("token", nargs="?")
-    publish, subscribe = add(publish_command), add(subscribe_command)
-    publish("topic")
-    publish("message", help="a text, or - for all of standard input")
-    subscribe("topic", nargs="+")
-    subscribe("--since", default="", help="replay first: an id, latest or all")
-    subscribe("--json", action="store_true", help="one JSON object a line")
-    url = os.environ.get("NOTIFLUX_URL") or "http://127.0.0.1:8080"
-    for client in (publish, subscribe):
-        client("--url", default=url, help="of the daemon (%(default)s)")
-        client("--token", help="one to use (NOTIFLUX_TOKEN)")
-        client("--key", help="private.pem, to make tokens with (NOTIFLUX_KEY_FILE)")
     for one in (parser, *commands.choices.values()):
         one.add_argument("--version", action="version", version=f"notiflux {VERSION}")
     return parser
@@ -1949,19 +1978,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, 1 for a failure, 78 for bad settings; argparse exits with 2."""
+    while os.open(os.devnull, os.O_RDWR) < 3:  # so that no connection becomes standard error
+        pass
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
-        sys.stdout.flush()
-    except (CommandError, Refusal, UnicodeError) as exc:  # UnicodeError: a topic that is no text
+        print(end="", flush=True)
+    except (CommandError, Refusal, OSError, UnicodeError) as exc:
         print(f"notiflux: {exc}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what cannot be written is not tried again
         return 78 if isinstance(exc, SettingsError) and options.command != check_command else 1
     except KeyboardInterrupt:
         return 130  # as a shell says it
-    except OSError as exc:  # standard output is full, or closed
-        print(f"notiflux: cannot write: {exc.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the exit would try once more, and fail
-        return 1
     return 0
 
 
