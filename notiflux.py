@@ -1433,6 +1433,7 @@ class LogHandler(logging.Handler):
 def exposition(daemon: Any) -> bytes:
     """Return the metrics in Prometheus' text format, in the same time whoever is connected."""
     hub, history, counts, resident = daemon.hub, daemon.hub.history, daemon.counts, 0
+    connections = len(daemon.clients) + len(daemon.beats)
     with contextlib.suppress(OSError):  # Linux has it
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident = pages * resource.getpagesize()
@@ -1441,7 +1442,7 @@ def exposition(daemon: Any) -> bytes:
     took |= {"_sum": hub.took_s, "_count": hub.broadcasts}
     lines = []
     for name, kind, about, value in (
-        ("notiflux_connections", "gauge", "Open connections", len(daemon.connections)),
+        ("notiflux_connections", "gauge", "Open connections", connections),
         ("notiflux_subscriptions", "gauge", "Topics of all subscribers", hub.subscriptions),
         ("notiflux_topics", "gauge", "Topics with a subscriber", len(hub.topics)),
         ("notiflux_broadcasts_total", "counter", "Broadcasts that happened", hub.broadcasts),
@@ -1706,12 +1707,9 @@ class Daemon:
     def _load_certificate(self) -> None:
         cert, key = cast(str, self.settings.tls_cert_file), self.settings.tls_key_file
         try:
-            for context in (
-                [ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), self._tls] if self._tls else []
-            ):
-                context.load_cert_chain(cert, key, "")  # first one of no use: it may fail half-way
-                    *files, ""
-                )  # into one of no use first: it may fail half-way
+            if self._tls:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, "")
+                self._tls.load_cert_chain(cert, key, "")  # which a bad pair would leave half new
         except OSError as exc:  # ssl.SSLError is one
             expected = "a certificate chain in PEM and its key"
             raise SettingsError(f"TLS_CERT_FILE, TLS_KEY_FILE: expected {expected}") from exc
