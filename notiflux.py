@@ -210,19 +210,14 @@ def _like(pattern: str, expected: str, convert: Callable[[str], Any], *limits: f
 
 
 _whole = functools.partial(_like, r"[0-9]{1,18}", "a whole number from {} to {}", int)
-_seconds = functools.partial(
-    _like, r"[0-9]{1,9}(\.[0-9]{1,9})?", "seconds from {} to {}", json.loads
-)
+SECONDS = r"[0-9]{1,9}(\.[0-9]{1,9})?"
+_seconds = functools.partial(_like, SECONDS, "seconds from {} to {}", json.loads)
 _level = _like("debug|info|warning|error", "debug, info, warning or error", str)
 ORIGIN = r"\s*[a-z][a-z0-9+.-]*://[^/\s,]+\s*"
 ORIGINS = "origins such as https://example.org, separated by commas"
-_origins = _like(
-    f"{ORIGIN}(,{ORIGIN})*", ORIGINS, lambda t: frozenset(map(str.strip, t.split(",")))
-)
+_origins = _like(f"{ORIGIN}(,{ORIGIN})*", ORIGINS, lambda t: "".join(t.split()).split(","))
 NETWORKS = "addresses or networks such as 127.0.0.1,10.0.0.0/8, separated by commas"
-_networks = _like(
-    ".+", NETWORKS, lambda t: tuple(ipaddress.ip_network(each.strip()) for each in t.split(","))
-)
+_networks = _like(r"\S+", NETWORKS, lambda t: [*map(ipaddress.ip_network, t.split(","))])
 
 
 def setting(parse: Callable[[str], Any], default: str, meaning: str) -> Any:
@@ -248,8 +243,8 @@ class Settings:
     max_buffer_bytes: int = setting(_whole(1, 2**31), "4194304", "unsent ones drop a subscriber")
     ping_interval: float = setting(_seconds(0.1, 86400), "15", "seconds; silent for two: dropped")
     stop_timeout: float = setting(_seconds(0, 86400), "5", "seconds a stop may take")
-    allowed_origins: frozenset[str] | None = setting(_origins, "", "pages from elsewhere get 403")
-    trusted_proxies: tuple[Any, ...] | None = setting(_networks, "", "whose X-Forwarded-For counts")
+    allowed_origins: Sequence[str] | None = setting(_origins, "", "pages from elsewhere get 403")
+    trusted_proxies: Sequence[Any] | None = setting(_networks, "", "whose X-Forwarded-For counts")
     tls_cert_file: str | None = setting(str, "", "serve https and wss with this certificate")
     tls_key_file: str | None = setting(str, "", "and this key")
     log_level: str = setting(_level, "info", "debug, info, warning or error")
@@ -821,6 +816,10 @@ class WebSocketSubscriber(Subscriber):
         super().connection_made(transport)
         self.tell("open", id=self._hub.history.position, keepalive=self._settings.ping_interval)
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._protocol.parser.close()  # the same: a cycle of the library's (15.0 to 17.4)
+
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
         self._protocol.receive_data(data)
@@ -943,8 +942,6 @@ Request = tuple["Head", bytes]  # its head and body
 
 def list_members(headers: Headers, name: str) -> list[str]:
     """Return a list-valued header's members, lower case. Raises Refusal where it is none."""
-    if name not in headers:
-        return []
     parts = ",".join(headers[name]).lower().split(",")
     members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
     refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
@@ -1130,7 +1127,7 @@ def _render(status: int, headers: Any, length: int, last: bool, now_s: int) -> b
 class HTTPConnection(asyncio.Protocol):
     """One client's connection, from its first byte until it closes or turns into a subscriber."""
 
-    def __init__(self, daemon: Any, router: Any, *unused: object, **options: object) -> None:
+    def __init__(self, daemon: Any, router: Any) -> None:
         self._daemon, self._router = daemon, router
         # per connection
         self._reader = RequestReader(daemon.settings.max_message_bytes)
@@ -1149,8 +1146,7 @@ class HTTPConnection(asyncio.Protocol):
         # An attribute of asyncio's socket transports (3.11 to 3.13); elsewhere it does nothing.
         self.transport.max_size = READ_MAX  # type: ignore[attr-defined]
         self._daemon.clients.add(self)
-        connections = len(self._daemon.clients) + len(self._daemon.beats)
-        if connections > self._daemon.settings.max_connections:
+        if self._daemon.connected > self._daemon.settings.max_connections:
             self._refuse(Refusal(503, "the server has as many connections as it may"))
 
     def data_received(self, data: bytes) -> None:
@@ -1178,6 +1174,7 @@ class HTTPConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
         self._daemon.clients.discard(self)
+        self._reader.requests.close()  # or reader and generator, a cycle, would stay for a while
 
     def tick(self, now: float) -> None:
         """End the connection where it does the same for too long, by the loop's clock."""
@@ -1243,8 +1240,8 @@ class HTTPConnection(asyncio.Protocol):
 
     def _head(self, response: Response, last: bool = False) -> bytes:
         self._daemon.counts["http_requests"][f'{{code="{response.status}"}}'] += 1
-        length = len(response.body)
-        return _render(response.status, response.headers, length, last, int(time.time()))
+        about = response.status, response.headers, len(response.body)
+        return _render(*about, last, int(time.time()))
 
     def _write(self, response: Response, last: bool = False) -> None:
         body, head = response.body, self._reader.head
@@ -1264,6 +1261,7 @@ class HTTPConnection(asyncio.Protocol):
         if self._ended or self._reader.empty or not self.transport.can_write_eof():
             self.transport.close()
         else:
+            self._reader.buffer.clear()
             self.transport.resume_reading()
             self.transport.write_eof()
 
@@ -1411,7 +1409,7 @@ class LogHandler(logging.Handler):
             more = {event: n - LINES_MAX for event, n in self._lines.items() if n > LINES_MAX}
             self._second, self._lines = int(record.created), Counter()
             for event, count in more.items():
-                log.warning("suppressed lines=%d event=%s", count, event.split("=")[0])
+                log.warning("suppressed lines=%d event=%s", count, event.split(" ")[0])
         self._lines[record.msg] += 1
         if self._lines[record.msg] <= LINES_MAX:
             with contextlib.suppress(OSError):
@@ -1433,7 +1431,6 @@ class LogHandler(logging.Handler):
 def exposition(daemon: Any) -> bytes:
     """Return the metrics in Prometheus' text format, in the same time whoever is connected."""
     hub, history, counts, resident = daemon.hub, daemon.hub.history, daemon.counts, 0
-    connections = len(daemon.clients) + len(daemon.beats)
     with contextlib.suppress(OSError):  # Linux has it
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         resident = pages * resource.getpagesize()
@@ -1442,7 +1439,7 @@ def exposition(daemon: Any) -> bytes:
     took |= {"_sum": hub.took_s, "_count": hub.broadcasts}
     lines = []
     for name, kind, about, value in (
-        ("notiflux_connections", "gauge", "Open connections", connections),
+        ("notiflux_connections", "gauge", "Open connections", daemon.connected),
         ("notiflux_subscriptions", "gauge", "Topics of all subscribers", hub.subscriptions),
         ("notiflux_topics", "gauge", "Topics with a subscriber", len(hub.topics)),
         ("notiflux_broadcasts_total", "counter", "Broadcasts that happened", hub.broadcasts),
@@ -1550,7 +1547,6 @@ class Router:
         return Response(status, (*more.items(), *CORS[not self._open(head) :]), content)
 
     def _open(self, head: Head | None) -> bool:
-        """Tell whether pages of the request's origin may read the answer."""
         allowed = self._daemon.settings.allowed_origins
         origins = head.headers["origin"] if head else []
         return allowed is None or (len(origins) == 1 and origins[0].lower() in allowed)
@@ -1715,8 +1711,13 @@ class Daemon:
             raise SettingsError(f"TLS_CERT_FILE, TLS_KEY_FILE: expected {expected}") from exc
 
     @property
+    def connected(self) -> int:
+        """How many are open, of whatever kind."""
+        return len(self.clients) + len(self.beats)
+
+    @property
     def connections(self) -> list[HTTPConnection | Subscriber]:
-        """All that are open, of whatever kind."""
+        """All of them."""
         return [*self.clients, *self.beats]
 
     async def run(self, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
@@ -1736,11 +1737,14 @@ class Daemon:
             name = address(listener.getsockname())
             urls.append(name if name.startswith("unix:") else f"{scheme}://{name}")
             log.info("listening url=%s version=%s", urls[-1], VERSION)
+            if not (self._tls or name.startswith(("127.", "[::1]", "unix:"))):
+                log.warning("tokens can be read on the way: url=%s has no TLS", urls[-1])
         listening(urls)
         self._notify("READY=1")
         self._sweep()
         await self._stop.wait()
-        self._notify("STOPPING=1")
+        extend = f"EXTEND_TIMEOUT_USEC={int(self.settings.stop_timeout * 1e6 + 5e6)}"
+        self._notify("STOPPING=1", extend)
         await self._drain(servers)
 
     def stop(self) -> None:
@@ -1773,9 +1777,9 @@ class Daemon:
                 error = client.connect_ex(where[0]["path"]) or errno.EADDRINUSE
             if error not in (errno.ECONNREFUSED, errno.ENOENT):
                 raise OSError(error, os.strerror(error))
-        connection: Any = functools.partial(HTTPConnection, self, self._router)
-        how: Any = {"process_request": self._router.process_request, "backlog": LISTEN_QUEUE}
-        how |= {"handler": None, "create_connection": connection, "ssl": self._tls}
+        how: Any = {"handler": None, "process_request": self._router.process_request}
+        how |= {"create_connection": lambda *_, **__: HTTPConnection(self, self._router)}
+        how |= {"backlog": LISTEN_QUEUE, "ssl": self._tls}
         where = where or [{"host": settings.host, "port": settings.port}]
         servers = [await websockets.asyncio.server.serve(**each, **how) for each in where]
         if "path" in where[0]:
@@ -1799,11 +1803,11 @@ class Daemon:
             beats.move_to_end(subscriber)
             beats[subscriber] = now + self.settings.ping_interval
             subscriber.beat()
-        if len(self.clients) + len(beats) >= self.settings.max_connections:  # to make room
+        if self.connected >= self.settings.max_connections:  # to make room
             for idle in [one for one in beats if not one.topics and one.since_s < now - 10]:
                 idle.dismiss("silent")
         self.hub.history.expire(time.monotonic(), at_most=10_000)  # some 20 ms
-        connections, topics = len(self.connections), len(self.hub.topics)
+        connections, topics = self.connected, len(self.hub.topics)
         self._notify("WATCHDOG=1", f"STATUS={connections=} {topics=}")
         if not self._stop.is_set():  # then _drain calls it
             late = any(at <= now for at in itertools.islice(beats.values(), 1))
@@ -1813,7 +1817,7 @@ class Daemon:
     async def _drain(self, servers: list[websockets.asyncio.server.Server]) -> None:
         loop, subscribers = asyncio.get_running_loop(), list(self.beats)
         deadline = loop.time() + self.settings.stop_timeout
-        log.info("stopping connections=%d", len(self.connections))
+        log.info("stopping connections=%d", self.connected)
         self._router.stopping = True
         for server in servers:
             server.close(close_connections=False)  # the listening sockets, at once
@@ -1825,7 +1829,7 @@ class Daemon:
             del subscribers[:share]
             await asyncio.sleep(0.02)
             self._sweep()
-        log.info("stopped connections_cut=%d", len(self.connections))
+        log.info("stopped connections_cut=%d", self.connected)
         # Not wait_closed(): from Python 3.12 on it waits for TLS handshakes, which nothing can cut.
         self.stop()
 
@@ -1983,7 +1987,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
         print(end="", flush=True)
     except (CommandError, Refusal, OSError, UnicodeError) as exc:
-        print(f"notiflux: {exc}", file=sys.stderr)
+        priority = "<3>" * LogHandler(os.environ.get("JOURNAL_STREAM", "")).journal
+        print(f"{priority}notiflux: {exc}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what cannot be written is not tried again
         return 78 if isinstance(exc, SettingsError) and options.command != check_command else 1
     except KeyboardInterrupt:

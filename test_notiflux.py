@@ -455,7 +455,7 @@ def test_settings_are_read():
         | {"ALLOWED_ORIGINS": "https://A.example, http://b:81"}
     )
     assert (read.port, read.ping_interval, read.log_level) == (0, 0.5, "debug")
-    assert read.allowed_origins == {"https://a.example", "http://b:81"}
+    assert read.allowed_origins == ["https://a.example", "http://b:81"]
 
 
 def test_connections_stay_below_the_open_file_limit():
