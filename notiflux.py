@@ -326,17 +326,13 @@ class Claims:
     expire_at: float  # infinite where there is none
 
 
-def is_texts(value: Any) -> bool:
-    """Tell whether a JSON value is a list of strings."""
-    return isinstance(value, list) and {*map(type, value)} <= {str}
-
-
 CLAIMS: dict[str, Callable[[Any], bool]] = {  # each claim's type
     "sub": lambda value: isinstance(value, str),
     "scope": lambda value: value in ("subscribe", "broadcast"),
-    **dict.fromkeys(("topics", "topic_prefixes"), is_texts),
+    "topics": lambda value: isinstance(value, list) and {*map(type, value)} <= {str},
     **dict.fromkeys(("exp", "nbf", "expire_at"), lambda v: type(v) is int and 0 <= v <= 2**53),
 }
+CLAIMS["topic_prefixes"] = CLAIMS["topics"]
 
 
 class TokenVerifier:
@@ -844,7 +840,8 @@ class WebSocketSubscriber(Subscriber):
             if data:
                 self.transport.write(data)
             elif self.transport.can_write_eof():
-                self.transport.write_eof()
+                with contextlib.suppress(OSError):  # it is gone, which is not known here yet
+                    self.transport.write_eof()
             else:  # with TLS
                 self.transport.close()
         if self._protocol.state is not State.OPEN:
@@ -1263,7 +1260,8 @@ class HTTPConnection(asyncio.Protocol):
         else:
             self._reader.buffer.clear()
             self.transport.resume_reading()
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # as above
+                self.transport.write_eof()
 
 
 # --- Browser: notiflux.js, and the console that is built on it. ---
@@ -1605,7 +1603,7 @@ class Router:
         refuse_if(not isinstance(body, dict), 400, "the body is not a JSON object")
         refuse_if(("topic" in body) == ("topics" in body), 400, "either topic or topics is needed")
         topics = [body["topic"]] if "topic" in body else body["topics"]
-        refuse_if(not is_texts(topics), 400, "topic is a string, topics a list of strings")
+        refuse_if(not CLAIMS["topics"](topics), 400, "topic is a string, topics a list of strings")
         topics = check_topics(topics, limit=1000)
         refuse_if("message" not in body, 400, "message is missing")
         self._authorize(request[0], body, "broadcast", topics)
@@ -1789,30 +1787,28 @@ class Daemon:
         return servers
 
     def _sweep(self) -> None:
-        loop, beats = asyncio.get_running_loop(), self.beats
+        loop, beats, now_s = asyncio.get_running_loop(), self.beats, time.time()
         now = loop.time()
+        due = [one for one, _ in itertools.takewhile(lambda item: item[1] <= now, beats.items())]
+        if not self._stop.is_set():  # then _drain calls it; first, or what fails here would end it
+            pause = 0.01 if len(due) > BEATS_MAX else min(SWEEP_S, self.settings.ping_interval / 4)
+            loop.call_later(pause, self._sweep)
         for connection in tuple(self.clients):
             connection.tick(now)
         for subscriber in [one for one in beats if one.expiring]:
-            if ended := [
-                topic for topic, at_s in subscriber.expiring.items() if at_s <= time.time()
-            ]:
+            if ended := [topic for topic, at_s in subscriber.expiring.items() if at_s <= now_s]:
                 subscriber.end(ended)
-        due = itertools.takewhile(lambda item: item[1] <= now, beats.items())
-        for subscriber, _ in tuple(itertools.islice(due, BEATS_MAX)):
-            beats.move_to_end(subscriber)
-            beats[subscriber] = now + self.settings.ping_interval
-            subscriber.beat()
+        for subscriber in due[:BEATS_MAX]:
+            if subscriber in beats:
+                beats[subscriber] = now + self.settings.ping_interval
+                beats.move_to_end(subscriber)
+                subscriber.beat()
         if self.connected >= self.settings.max_connections:  # to make room
             for idle in [one for one in beats if not one.topics and one.since_s < now - 10]:
                 idle.dismiss("silent")
         self.hub.history.expire(time.monotonic(), at_most=10_000)  # some 20 ms
         connections, topics = self.connected, len(self.hub.topics)
         self._notify("WATCHDOG=1", f"STATUS={connections=} {topics=}")
-        if not self._stop.is_set():  # then _drain calls it
-            late = any(at <= now for at in itertools.islice(beats.values(), 1))
-            pause = 0.01 if late else min(SWEEP_S, self.settings.ping_interval / 4)
-            loop.call_later(pause, self._sweep)
 
     async def _drain(self, servers: list[websockets.asyncio.server.Server]) -> None:
         loop, subscribers = asyncio.get_running_loop(), list(self.beats)
