@@ -469,11 +469,11 @@ def test_connections_stay_below_the_open_file_limit():
 # --- Keys ---
 
 
-def certificate():
+def certificate(key=KEY):
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     start, end = datetime.datetime(2020, 1, 1), datetime.datetime(2040, 1, 1)
-    builder = x509.CertificateBuilder(name, name, KEY.public_key(), 1, start, end)
-    return builder.sign(KEY, hashes.SHA256()).public_bytes(PEM)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, start, end)
+    return builder.sign(key, hashes.SHA256()).public_bytes(PEM)
 
 
 BAD_KEYS = [
@@ -3234,7 +3234,7 @@ def test_a_unix_socket_is_served(start, tmp_path):
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
     server = start(HOST=f"unix:{path}")
-    assert server.url == f"unix:{path}"
+    assert server.url == f"unix:{path}" and path.stat().st_mode & 0o777 == 0o666
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(WAIT_S)
         client.connect(str(path))
@@ -3293,6 +3293,116 @@ def test_one_subscriber_that_fails_does_not_hurt_the_others(server):
         server.call(connection.transport.abort)
         server.publish()
         assert two.recv(timeout=WAIT_S) == "hello"
+
+
+def test_a_certificate_is_read_again(start, tmp_path, lines):
+    """A new pair is served after a reload; a pair that does not fit leaves the old one in force."""
+    cert, key, server = tmp_path / "cert.pem", tmp_path / "key.pem", None
+    pairs = [(certificate(each), private_pem(each)) for each in (KEY, OTHER_KEY)]
+
+    def served():
+        with socket.create_connection(("127.0.0.1", server.port), WAIT_S) as plain:
+            with context.wrap_socket(plain) as client:
+                return ssl.DER_cert_to_PEM_cert(client.getpeercert(True)).encode()
+
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    for pair in pairs:
+        cert.write_bytes(pair[0])
+        key.write_bytes(pair[1])
+        server = server or start(TLS_CERT_FILE=str(cert), TLS_KEY_FILE=str(key))
+        server.call(server.daemon.reload)
+        assert served() == pair[0]
+    cert.write_bytes(pairs[0][0])
+    server.call(server.daemon.reload)
+    assert served() == pairs[1][0]
+    assert any("reload failed" in line and "TLS_CERT_FILE" in line for line in lines())
+
+
+def test_an_open_port_without_tls_is_a_warning(start, lines):
+    """O09: who listens to everybody is told that tokens can be read on the way."""
+    start(HOST="0.0.0.0")
+    assert any(line.startswith("<4>tokens can be read") for line in lines())
+
+
+def test_a_peer_that_is_gone_does_not_end_the_sweep(start, monkeypatch, lines):
+    """Answers to clients that went meanwhile, by the sweep and by the hub, fail for nobody else."""
+    monkeypatch.setitem(notiflux.TIMEOUTS_S, "head", 0.3)
+    server = start(PING_INTERVAL="0.1")
+    for _ in range(3):
+        clients = [server.connect() for _ in range(200)]
+        for client in clients:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: h\r\nX: ")
+        clients[0].recv(1)
+        for client in reversed(clients):
+            client.close()
+    with server.connect() as client:
+        client.sendall(b"GET /hea")
+        assert b" 408 " in read_head(client)
+    assert not [line for line in lines() if line.startswith("<3>")]
+
+
+def test_at_the_limit_those_without_a_topic_make_room(start, lines):
+    """W21: a connection that subscribes to nothing for 10 s goes when its place is needed."""
+    server = start(MAX_CONNECTIONS="2", PING_INTERVAL="0.2")
+    with server.subscriber("json", ["news"]) as stays, server.subscriber("json") as idle:
+        for one in server.daemon.connections:
+            server.call(setattr, one, "since_s", one.since_s - 11)
+        with pytest.raises(ConnectionClosed) as caught:
+            for _ in range(1000):
+                idle.recv(timeout=WAIT_S)
+        assert caught.value.rcvd.code == 1001
+        with server.subscriber("json") as new:
+            assert json.loads(new.recv(timeout=WAIT_S))["event"] == "keepalive"
+            assert json.loads(stays.recv(timeout=WAIT_S))["event"] == "keepalive"
+
+
+def test_a_flood_of_frames_is_ended(start, lines):
+    """W11: one that sends frames without end is closed with 1008, and a line says so."""
+    server = start()
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        frame = client_frame(b"", Opcode.PONG)
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                client.sendall(frame * 1000)
+        assert parse_frames(receive_all(client))[0][1][:2] == struct.pack("!H", 1008)
+        wait_for(lambda: [line for line in lines() if "why=flood" in line])
+    with server.subscriber() as client:  # as many as it takes are none
+        for _ in range(notiflux.FRAMES_MAX // 2):
+            client.send("x")
+        settle(client)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "bearer", "status"),
+    [
+        ("a good token", {}, False, 200),
+        ("a good token in the header", {"token": ...}, True, 200),
+        ("no token", {"token": ...}, False, 401),
+        ("a bad token", {"token": "x.y.z"}, False, 401),
+        ("an expired one", {"token": make_token(scope="broadcast", exp=1)}, False, 401),
+        ("one of the other scope", {"token": make_token()}, False, 403),
+        ("a good one for another topic", {"topic": "other"}, False, 403),
+        (
+            "others before it",
+            {"message": [{"token": "abcdefghi"}] * 8 + ["x" * 50_000]},
+            False,
+            200,
+        ),
+    ],
+)
+def test_a_large_body_is_parsed_for_those_with_a_token(name, changes, bearer, status, server):
+    """Nobody without a good token makes the others wait while his JSON is read."""
+    header = [f"Authorization: Bearer {make_token(scope='broadcast')}"] * bearer
+    body = broadcast_body(**{"message": "x" * 50_000} | changes)
+    (answer,) = server.ask(post(body, *header))
+    assert answer.status == status
+    (answer,) = server.ask(post(b"[" * 50_000, *header))
+    assert answer.status == (400 if bearer else 401)
+    if name == "an expired one":
+        assert "expired" in json.loads(server.ask(post(body))[0].body)["detail"]
 
 
 # --- Command line: the real program as a process of its own ---
@@ -3576,6 +3686,254 @@ def test_the_rust_programs_variable_is_taken(launch):
         assert daemon.stop()[0] == 0
     finally:
         daemon.kill()
+
+
+# --- Observation: log, metrics, systemd ---
+
+
+def test_metrics_count_what_happens(server):
+    """O07: what is open, what happened and why, in Prometheus' text format, and no topic names."""
+
+    def metrics():
+        (answer,) = server.ask(get("/metrics"))
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        lines = answer.body.decode().splitlines()
+        assert all(re.fullmatch(r'#.*|\w+(\{\w+="[\w.+]+"\})? [0-9.e+-]+', line) for line in lines)
+        described = [line.split()[2] for line in lines if line[0] == "#"]
+        assert described[::2] == described[1::2] and len(set(described)) == len(described) / 2
+        return {n: float(v) for n, v in (line.split() for line in lines if line[0] != "#")}
+
+    before = metrics()
+    with server.subscriber(topics=["news", "secret-topic"]):
+        server.publish()
+        server.publish(token="bad")
+        now = metrics()
+    assert "secret-topic" not in str(now)
+    changes = {
+        "connections": 1,
+        "subscriptions": 2,
+        "topics": 2,
+        "broadcasts_total": 1,
+        "deliveries_total": 1,
+        'refusals_total{reason="invalid_token"}': 1,
+        'http_requests_total{code="101"}': 1,
+        'http_requests_total{code="401"}': 1,
+        'broadcast_seconds_bucket{le="+Inf"}': 1,
+        "broadcast_seconds_count": 1,
+    }
+    for name, change in changes.items():
+        assert now[f"notiflux_{name}"] - before.get(f"notiflux_{name}", 0) == change, name
+    assert now["notiflux_history_messages"] and now["notiflux_history_bytes"]
+    assert now["process_resident_memory_bytes"] > 10**7 and now["process_cpu_seconds_total"]
+    wait_for(lambda: 'notiflux_disconnects_total{reason="gone"}' in metrics())
+    if promtool := shutil.which("promtool"):
+        (answer,) = server.ask(get("/metrics"))
+        subprocess.run(
+            [promtool, "check", "metrics"], input=answer.body, check=True, timeout=WAIT_S
+        )
+
+
+@pytest.mark.parametrize(
+    ("peer", "header", "client"),
+    [
+        (("127.0.0.1", 5), ["203.0.113.7"], "203.0.113.7"),
+        (("127.0.0.1", 5), ["6.6.6.6, 203.0.113.7"], "203.0.113.7"),
+        (("127.0.0.1", 5), ["6.6.6.6", "203.0.113.7"], "203.0.113.7"),
+        (("127.0.0.1", 5), ["203.0.113.7, 10.1.2.3"], "203.0.113.7"),
+        (("10.1.2.3", 5), ["2001:DB8::1"], "2001:db8::1"),
+        (("127.0.0.1", 5), ["10.9.9.9, 10.1.2.3"], "10.9.9.9"),
+        (("127.0.0.1", 5), [], "127.0.0.1:5"),
+        (("127.0.0.1", 5), ["unknown"], "127.0.0.1:5"),
+        (("127.0.0.1", 5), ["203.0.113.7, x\x1b"], "127.0.0.1:5"),
+        (("192.0.2.1", 5), ["203.0.113.7"], "192.0.2.1:5"),
+        (("::1", 5, 0, 0), ["203.0.113.7"], "[::1]:5"),
+        ("", ["203.0.113.7"], "203.0.113.7"),
+    ],
+)
+def test_only_trusted_proxies_say_who_a_client_is(peer, header, client):
+    """The last address of X-Forwarded-For that no trusted proxy has; else the socket's own."""
+    settings = notiflux.Settings.from_environment({"TRUSTED_PROXIES": "127.0.0.1,10.0.0.0/8"})
+    assert notiflux.forwarded_for(peer, header, settings.trusted_proxies) == client
+
+
+def test_the_log_names_the_client_behind_a_proxy(start, lines):
+    """A refused request and a refused command are put down to whom the proxy names."""
+    server = start(TRUSTED_PROXIES="127.0.0.0/8")
+    server.ask(get("/x", "X-Forwarded-For: 6.6.6.6, 203.0.113.7"))
+    with server.connect() as client:
+        client.sendall(handshake("X-Forwarded-For: 203.0.113.8"))
+        read_head(client)
+        client.sendall(client_frame("/foo"))
+        assert parse_frames(client.recv(1000))[0][1] == b"Unknown command"
+    refused = [line.partition("peer=")[2].split()[0] for line in lines() if "refused" in line]
+    assert refused == ["203.0.113.7", "203.0.113.8"]
+
+
+def test_the_same_line_again_and_again_is_counted(monkeypatch):
+    """O02: of one event 20 lines a second are written, and then how many were not."""
+    written, handler = [], notiflux.LogHandler("")
+    monkeypatch.setattr(os, "write", lambda fd, data: written.append((fd, data.decode())))
+    monkeypatch.setattr(notiflux.log, "handlers", [handler])
+    monkeypatch.setattr(notiflux.log, "propagate", False)
+
+    def emit(second, text, *arguments):
+        record = logging.makeLogRecord({"msg": text, "args": arguments, "levelname": "INFO"})
+        record.created = second
+        handler.emit(record)
+
+    for number in range(500):
+        emit(1000.5, "refused peer=%s", number)
+    emit(1000.6, "stopping")
+    assert len(written) == notiflux.LINES_MAX + 1 and all(fd == 2 for fd, _ in written)
+    emit(1001.5, "refused peer=%s", 7)
+    assert "suppressed lines=480 event=refused\n" in written[-2][1] and "peer=7" in written[-1][1]
+
+
+class Notified:
+    """The end of systemd's that hears what a daemon says."""
+
+    def __init__(self, path):
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(path)
+        self.socket.settimeout(WAIT_S)
+
+    def hears(self, word):
+        while word not in (heard := self.socket.recv(4096).decode().split("\n")):
+            assert all(re.fullmatch(r"[A-Z_]+=.*", line) for line in heard)
+        return heard
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_hears_how_it_is(abstract, launch, tmp_path):
+    """P19: ready when it listens, alive with its counts, reloading and ready again, stopping."""
+    name = f"notiflux-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    systemd = Notified(f"\0{name}" if abstract else name)
+    with systemd.socket:
+        daemon = launch(NOTIFY_SOCKET=f"@{name}" if abstract else name, STOP_TIMEOUT="3")
+        systemd.hears("READY=1")
+        with socket.create_connection(("127.0.0.1", daemon.port), WAIT_S):  # it does listen
+            systemd.hears("STATUS=connections=1 topics=0")
+        assert "STATUS=connections=0 topics=0" in systemd.hears("WATCHDOG=1")
+        daemon.process.send_signal(signal.SIGHUP)
+        heard, now_us = systemd.hears("RELOADING=1"), time.monotonic_ns() / 1000
+        assert 0 < now_us - int(heard[1].removeprefix("MONOTONIC_USEC=")) < WAIT_S * 10**6
+        systemd.hears("READY=1")
+        daemon.process.send_signal(signal.SIGTERM)
+        assert "EXTEND_TIMEOUT_USEC=8000000" in systemd.hears("STOPPING=1")
+        assert daemon.process.wait(WAIT_S) == 0
+
+
+@pytest.mark.parametrize("where", ["", "/nowhere", "relative", "@", "x" * 300])
+def test_a_bad_notify_socket_harms_nothing(where, launch):
+    """P19: whatever NOTIFY_SOCKET is, it serves."""
+    assert launch(NOTIFY_SOCKET=where).stop()[0] == 0
+
+
+# Put descriptors where systemd would, say so, and become the daemon.
+ACTIVATE = """
+import os, sys
+program, count, pid, *given = sys.argv[1:]
+for place, fd in enumerate(map(int, given), 3):
+    os.dup2(fd, place)
+os.environ |= {"LISTEN_FDS": count, "LISTEN_PID": pid or str(os.getpid())}
+os.execv(sys.executable, [sys.executable, program])
+"""
+
+
+@contextlib.contextmanager
+def activated(*files, count=None, pid="", **changes):
+    """Start the daemon with these descriptors as its own from 3 on; yield the process."""
+    given = [os.dup(file.fileno()) for file in files]
+    about = [str(len(files)) if count is None else count, pid, *map(str, given)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", ACTIVATE, ROOT / "notiflux.py", *about],
+        env=environment(JWT_PUBLIC_KEY_B64=b64(public_pem(KEY)), **changes),
+        pass_fds=given,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+        for fd in given:
+            os.close(fd)
+
+
+def test_systemd_may_listen_for_it(tmp_path):
+    """P20, P21: all that it hands over are served; what comes while nobody runs waits there."""
+    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "socket"))
+        unix.listen()
+        for _ in range(2):
+            with socket.create_connection(tcp.getsockname(), WAIT_S) as early:
+                early.sendall(post(broadcast_body()))  # before it runs
+                with activated(tcp, unix, PORT="1") as process:
+                    assert b" 200 " in read_head(early)
+                    with socket.socket(socket.AF_UNIX) as client:
+                        client.connect(str(tmp_path / "socket"))
+                        client.sendall(get())
+                        assert b" 200 " in read_head(client)
+                    process.terminate()
+                    _, log = process.communicate(timeout=WAIT_S)
+                    assert process.returncode == 0 and log.count("listening url=") == 2
+        assert (tmp_path / "socket").exists()  # it is systemd's
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "pid", "code"),
+    [
+        ("of another", "1", "1", 0),
+        ("none", "0", "", 0),
+        ("no number", "x", "", 78),
+        ("no socket", "1", "", 78),
+    ],
+)
+def test_what_systemd_does_not_hand_over_is_not_served(name, count, pid, code):
+    """P20: descriptors of another process are left alone; what cannot be served ends the start."""
+    with open(os.devnull) as file, activated(file, count=count, pid=pid) as process:
+        lines = [process.stderr.readline()]
+        if code == 0:
+            process.terminate()
+        _, rest = process.communicate(timeout=WAIT_S)
+        assert process.returncode == code
+    if code == 0:
+        assert "listening url=http://127.0.0.1:" in lines[0]
+    else:
+        assert lines[0].startswith("notiflux: LISTEN_FDS: expected") and not rest
+
+
+def test_the_last_line_has_its_priority_in_the_journal(tmp_path):
+    """A start that fails is an error in the journal, too; elsewhere it is a plain line."""
+    with open(tmp_path / "log", "w+") as file:
+        about = os.fstat(file.fileno())
+        for stream in (f"{about.st_dev}:{about.st_ino}", "1:2"):
+            program = [sys.executable, ROOT / "notiflux.py"]
+            changes = environment(PORT="x", JOURNAL_STREAM=stream)
+            subprocess.run(program, env=changes, stderr=file, timeout=WAIT_S, check=False)
+        file.seek(0)
+        assert [line[:13] for line in file] == ["<3>notiflux: ", "notiflux: POR"]
+
+
+def test_the_units_are_good(tmp_path):
+    """O11: systemd has nothing to say of them, and the sandbox is a small target."""
+    text = (ROOT / "systemd" / "notiflux.service").read_text()
+    assert re.search(r"\n\n# The sandbox[^\n]*\n(?:[^\n]+\n)+\n\[Install\]", text)  # README's sed
+    assert "PYTHONHASHSEED" not in text and "LimitCORE=0" in text  # J16, O03
+    if not (analyze := shutil.which("systemd-analyze")):
+        pytest.skip("no systemd here")
+    for name in ("notiflux.service", "notiflux.socket"):
+        unit = (ROOT / "systemd" / name).read_text()
+        (tmp_path / name).write_text(re.sub("ExecStart=.*", "ExecStart=/bin/true", unit))
+    verify = [analyze, "verify", *(str(path) for path in tmp_path.iterdir())]
+    done = subprocess.run(verify, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    ours = [line for line in done.stderr.splitlines() if "notiflux" in line]
+    assert not ours
+    security = [analyze, "security", "--offline=true", "--threshold=12"]
+    subprocess.run(
+        [*security, tmp_path / "notiflux.service"], stdout=subprocess.DEVNULL, check=True
+    )
 
 
 # --- Clients: the commands, notiflux.js in Node, the console in a browser ---
