@@ -1412,7 +1412,7 @@ class LogHandler(logging.Handler):
         if self._lines[record.msg] <= LINES_MAX:
             with contextlib.suppress(OSError):
                 if select.select([], [2], [], 0)[1]:
-                    os.write(2, f"{self.format(record)}\n".encode())
+                    os.write(2, f"{self.format(record)[:4000]}\n".encode())  # < PIPE_BUF
 
     def format(self, record: logging.LogRecord) -> str:
         level, line = record.levelname.lower(), printable(record.getMessage(), 2000)
