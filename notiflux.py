@@ -101,8 +101,7 @@ FRAMES_MAX = 5_000  # between two pings: more than a page with MAX_TOPICS may ne
 FRAMES_READ_MAX = 1024  # the same once they are frames: an empty one has 6 bytes
 ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
 LISTEN_QUEUE = 4096  # connections that wait in the kernel
-TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5}  # write: no progress
-CLOSE_TIMEOUT_S = 10  # for a subscriber to take its close frame and go
+TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5, "close": 10}
 READY_MAX = 64  # sockets that are looked at in one turn of the loop: some 20 ms
 TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # broadcasts, at most
 LINES_MAX = 20  # of one event in the log in a second; what is more is counted
@@ -793,7 +792,7 @@ class Subscriber(asyncio.Protocol):
         if self._abort is None:
             self._replay, self.deliver = None, lambda frame: False
             self._forget(tuple(self.topics))
-            self._abort = self._loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
+            self._abort = self._loop.call_later(TIMEOUTS_S["close"], self.transport.abort)
         return self._abort
 
 
@@ -819,7 +818,10 @@ class WebSocketSubscriber(Subscriber):
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
         self._protocol.receive_data(data)
-        for event in cast(list[Frame], self._protocol.events_received()):
+        events = cast(list[Frame], self._protocol.events_received())
+        most = FRAMES_READ_MAX if len(events) <= 3 else FRAMES_READ_MAX // 16  # they are short
+        self.transport.max_size = most  # type: ignore[attr-defined]
+        for event in events:
             self._frames += 1
             if self._frames > FRAMES_MAX:
                 self._drop("flood")
@@ -1205,6 +1207,9 @@ class HTTPConnection(asyncio.Protocol):
                 refuse_if(not self._reader.empty, 400, "the request ended early")
                 self._close()
             else:
+                head = self._reader.head
+                most = READ_MAX // 16 if head and head.length is None else READ_MAX  # small chunks
+                self.transport.max_size = most  # type: ignore[attr-defined]
                 self.transport.resume_reading()
                 if self._reader.wants_continue:
                     self._reader.wants_continue = False
@@ -1430,8 +1435,7 @@ def exposition(daemon: Any) -> bytes:
     """Return the metrics in Prometheus' text format, in the same time whoever is connected."""
     hub, history, counts, resident = daemon.hub, daemon.hub.history, daemon.counts, 0
     with contextlib.suppress(OSError):  # Linux has it
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        resident = pages * resource.getpagesize()
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     below = itertools.accumulate(hub.took)
     took = {f'_bucket{{le="{le}"}}': n for le, n in zip((*TOOK_S, "+Inf"), below, strict=True)}
     took |= {"_sum": hub.took_s, "_count": hub.broadcasts}
@@ -1585,13 +1589,13 @@ class Router:
     def _recognize(self, head: Head, data: bytes) -> Any:
         """Raise Refusal unless there is some good token: others have to wait while it is parsed."""
         found = [value[7:].strip(" ") for value in head.headers["authorization"]]
-        refusal = Refusal(401, "no token was seen in so large a body: send Authorization: Bearer")
+        why = "no token was seen in so large a body: send Authorization: Bearer"
         for token in (found or TOKEN_MEMBER.findall(data.decode("latin-1")))[:9]:
             try:
                 return self._daemon.verifier.verify(token)
             except Refusal as exc:
-                refusal = exc
-        raise refusal
+                why = exc.detail
+        raise Refusal(401, why)
 
     def _broadcast(self, connection: Any, request: Request) -> None:
         if len(request[1]) > STRANGER_MAX:

@@ -1718,7 +1718,7 @@ def test_a_flood_of_pings_that_reads_nothing_is_cut(start, lines):
 
 def test_a_peer_that_says_close_and_stays_is_cut(start, monkeypatch):
     """A client that ends the WebSocket but not the connection does not keep a descriptor."""
-    monkeypatch.setattr(notiflux, "CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setitem(notiflux.TIMEOUTS_S, "close", 0.1)
     server = start()
     with server.connect() as client:
         client.sendall(handshake())
@@ -2255,7 +2255,7 @@ def test_an_event_stream_ends_at_expire_at(start):
 
 def test_a_slow_event_stream_is_dropped(start, lines, monkeypatch):
     """The rule for slow readers is that of the WebSocket: one line, and nobody waits."""
-    monkeypatch.setattr(notiflux, "CLOSE_TIMEOUT_S", 0.2)
+    monkeypatch.setitem(notiflux.TIMEOUTS_S, "close", 0.2)
     server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
     token = make_token(scope="broadcast", topics=["a"])
     with server.connect() as client:
