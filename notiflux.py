@@ -562,6 +562,7 @@ class Hub:
         self.call_soon: Callable[..., Any]  # of the loop that it works for
         self._waiting: deque[tuple[str, bytes, bool, Any]] = deque()  # and whom to tell
         self._batch: Batch | None = None  # which is on its way
+        self.sending = ""  # its topic, while it is queued to subscribers
         self._grown, self._turns = False, 0  # by a message in this turn; turns that it grew in
         self.subscriptions = self.broadcasts = self.deliveries = 0  # now; since the start
         self.took_s, self.took = 0.0, [0] * (len(TOOK_S) + 1)  # broadcasts: all, and how many each
@@ -624,12 +625,14 @@ class Hub:
         try:
             while room > 0 and (self._batch or self._waiting):
                 batch = self._batch = self._batch or self._next_batch()
+                self.sending = batch.topic
                 room = batch.send(room) - DELIVERY_BYTES
                 if not batch.audience:
                     self._batch = None
                     for message, sent in zip(batch.messages, batch.sent, strict=True):
                         sent(message, batch.delivered)
         finally:  # whatever a subscriber may raise, the others get theirs
+            self.sending = ""
             if self._batch or self._waiting:
                 self.call_soon(self._flush)
             else:
@@ -675,7 +678,7 @@ class Subscriber(asyncio.Protocol):
         self.transport: asyncio.Transport
         self.deliver: Callable[[bytes], Any]  # queue a frame: to the transport, or behind a replay
         self.expiring: dict[str, float] = {}  # topic: when its subscription ends, since 1970
-        self._replay: deque[Message | bytes] | None = None  # what waits, while there is one
+        self._replay: deque[tuple[str, Message | bytes]] | None = None  # what waits, and its topic
         self._behind = 0  # bytes of the frames in it, which were not there at its start
         self._paused = False  # by the transport, until the peer has taken what is unsent
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
@@ -708,7 +711,7 @@ class Subscriber(asyncio.Protocol):
 
     def _hold(self, frame: bytes) -> bool:
         if self._replay is not None:
-            self._replay.append(frame)
+            self._replay.append((self._hub.sending, frame))
             self._behind += len(frame)
             if self._behind > self._settings.max_buffer_bytes:
                 self._drop("slow")
@@ -751,7 +754,7 @@ class Subscriber(asyncio.Protocol):
             if self._replay is None:
                 self._replay, self.deliver = deque(), self._hold
                 self.transport.set_write_buffer_limits(REPLAY_PIECE)
-            self._replay += messages
+            self._replay += ((message.topic, message) for message in messages)
             self._pump()
 
     def _pump(self) -> None:
@@ -759,7 +762,7 @@ class Subscriber(asyncio.Protocol):
             return
         piece = bytearray()
         while self._replay and len(piece) < REPLAY_PIECE:
-            item = self._replay.popleft()
+            _, item = self._replay.popleft()
             self._behind -= len(item) if isinstance(item, bytes) else 0
             piece += item if isinstance(item, bytes) else self.encode(item)
         if piece:
@@ -778,8 +781,8 @@ class Subscriber(asyncio.Protocol):
             self.expiring.pop(topic, None)
         if self._replay is not None:
             gone = set(topics)
-            waits = (m for m in self._replay if isinstance(m, bytes) or m.topic not in gone)
-            self._replay = deque(waits)
+            self._replay = deque(one for one in self._replay if one[0] not in gone)
+            self._behind = sum(len(one) for _, one in self._replay if isinstance(one, bytes))
 
     def _drop(self, why: str) -> None:
         if self._abort is None:
@@ -1664,8 +1667,7 @@ class Loop(asyncio.SelectorEventLoop):
         super().__init__(selector)
 
     def _accept_connection(self, factory: Any, sock: Any, *rest: Any) -> None:
-        tls, server, _, *timeouts = rest
-        if tls is None:
+        if rest[0] is None:  # no TLS
             with contextlib.suppress(OSError):  # nobody waits, or no descriptor is left
                 for _ in range(ACCEPT_MAX):
                     client = sock.accept()[0]
@@ -1673,7 +1675,8 @@ class Loop(asyncio.SelectorEventLoop):
                     self._make_socket_transport(client, factory())  # type: ignore[attr-defined]
                 return
         # One, since each that fails would put off all for a second, and say so, on its own.
-        super()._accept_connection(factory, sock, tls, server, 1, *timeouts)  # type: ignore[misc]
+        rest = *rest[:2], 1, *rest[3:]
+        super()._accept_connection(factory, sock, *rest)  # type: ignore[misc]
 
 
 class Daemon:
@@ -1858,8 +1861,6 @@ def _private_key(path: str) -> ec.EllipticCurvePrivateKey:
         key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
         if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
             return key
-    except OSError as exc:
-        raise CommandError(f"cannot read {path}: {exc.strerror}") from exc
     except (ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
         pass
     raise CommandError(f"{path}: expected an EC P-256 private key in PEM")
@@ -1917,13 +1918,10 @@ def keygen_command(options: argparse.Namespace) -> None:
     files = [(folder / "private.pem", 0o600, private), (folder / "public.pem", 0o644, public)]
     if any(path.exists() for path, _, _ in files):
         raise CommandError(f"{folder}: private.pem or public.pem is there already")
-    try:
-        folder.mkdir(0o700, exist_ok=True)
-        for path, mode, pem in files:
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-                file.write(pem)
-    except OSError as exc:
-        raise CommandError(f"cannot write {exc.filename or folder}: {exc.strerror}") from exc
+    folder.mkdir(0o700, exist_ok=True)
+    for path, mode, pem in files:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(pem)
     print(f"JWT_PUBLIC_KEY_B64={base64.b64encode(public).decode()}")
 
 
