@@ -41,6 +41,7 @@ import threading
 import time
 import tracemalloc
 import types
+import weakref
 from collections import defaultdict
 from pathlib import Path
 
@@ -3009,7 +3010,7 @@ BODIES_REFUSED = [  # (name, body, status)
         for v in (1, None, [], {}, True, "", ["news"], ...)
     ),
     *((f"J09 token {v!r}", broadcast_body(token=v), 400) for v in (1, None, [], {}, True, "")),
-    ("J09 token missing", broadcast_body(token=...), 401),
+    ("J09, T24 token missing", broadcast_body(token=...), 401),
     ("J09 message missing", broadcast_body(message=...), 400),
     *(
         (f"topics {v!r}", broadcast_body(topic=..., topics=v), 400)
@@ -3940,6 +3941,1509 @@ def test_the_units_are_good(tmp_path):
     )
 
 
+# --- Others misbehave: a daemon whose log and memory are looked at ---
+
+LIMIT_KIB = 40 * 1024  # what an attack may add to the daemon's memory; most add less than 5 MiB
+
+
+class Running(Process):
+    """A daemon as its users run it; its log goes to a file, so it never waits for a reader."""
+
+    def __init__(self, path, *arguments, prefix=(), **changes):
+        changes = {"JWT_PUBLIC_KEY_B64": b64(public_pem(KEY))} | changes
+        self.path, self.may_fail = path, False  # its log is looked at in the end
+        with path.open("a") as file:
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, ROOT / "notiflux.py", *arguments],
+                env=environment(**changes),
+                stderr=file,
+                stdout=subprocess.DEVNULL,
+            )
+        wait_for(lambda: "listening" in self.text() or self.process.poll() is not None)
+        url = re.search(r"url=(\S+)", self.text())[1]
+        self.unix = url.removeprefix("unix:") if url.startswith("unix:") else None
+        self.port = 0 if self.unix else int(url.rpartition(":")[2])
+        self.address = self.unix or ("127.0.0.1", self.port)
+
+    def text(self):
+        return self.path.read_text()
+
+    def log(self, word):
+        wait_for(lambda: word in self.text())
+        return next(line for line in self.text().splitlines() if word in line)
+
+    def connect(self, receive_buffer=None):
+        client = socket.socket(socket.AF_UNIX if self.unix else socket.AF_INET)
+        client.settimeout(WAIT_S)
+        if receive_buffer:  # before it connects, or the window is large already
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.connect(self.address)
+        if not self.unix:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return client
+
+    def subscriber(self, topic="news", receive_buffer=None, since="", json_mode=False):
+        """A raw subscriber, which reads when the test does."""
+        client = self.connect(receive_buffer)
+        client.sendall(handshake(*["Sec-WebSocket-Protocol: notiflux.v1"] * json_mode))
+        assert b" 101 " in read_head(client)
+        client.sendall(client_frame(f"/subscribe {topic} {make_token(topics=[topic])} {since}"))
+        client.sendall(client_frame("/settled"))
+        while "nknown command" not in read_text(client):
+            pass
+        return client
+
+    def descriptors(self):
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def memory(self, field="VmRSS"):
+        """KiB: VmRSS is what it has, VmHWM the most it had since `forget_peak`."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(rf"^{field}:\s+(\d+)", status, re.MULTILINE)[1])
+
+    def forget_peak(self):
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def stop(self, number=signal.SIGTERM):
+        """Signal it, and return (exit code, seconds, all of its log)."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        self.process.wait(WAIT_S)
+        return self.process.returncode, time.monotonic() - began, self.text()
+
+
+def read_text(client):
+    """Read the next text frame of the server's, whatever its length; answer pings."""
+    while True:
+        opcode, size = client.recv(2, socket.MSG_WAITALL)
+        if size == 126:
+            (size,) = struct.unpack("!H", client.recv(2, socket.MSG_WAITALL))
+        elif size == 127:
+            (size,) = struct.unpack("!Q", client.recv(8, socket.MSG_WAITALL))
+        data = b""
+        while len(data) < size:
+            data += client.recv(size - len(data))
+        if opcode & 15 == 9:
+            client.sendall(client_frame(data, Opcode.PONG))
+        if opcode & 15 == 8:
+            raise EOFError(struct.unpack("!H", data[:2])[0])
+        if opcode & 15 == 1:
+            return data.decode()
+
+
+@pytest.fixture
+def running(tmp_path):
+    """Start daemons as processes; in the end each stops in time, and its log has no error."""
+    daemons = []
+
+    def start_one(*arguments, **changes):
+        path = tmp_path / f"{len(daemons)}.log"
+        daemons.append(Running(path, *arguments, **{"STOP_TIMEOUT": "1"} | changes))
+        return daemons[-1]
+
+    yield start_one
+    for one in daemons:
+        try:
+            if one.process.poll() is None:
+                assert one.stop()[0] == 0
+            assert one.may_fail or not re.search("Traceback| error ", one.text()), one.text()[:2000]
+        finally:
+            one.process.kill()
+            one.process.wait(WAIT_S)
+
+
+# --- One attacker, one innocent ---
+
+
+class Innocent:
+    """A subscriber, a publisher and a passer-by, who must not notice that others misbehave."""
+
+    def __init__(self, daemon):
+        self._daemon = daemon
+        self._publisher = http.client.HTTPConnection("h")
+        self._publisher.sock = daemon.connect()
+        self._subscriber = daemon.subscriber("innocent")
+        self._token = make_token(scope="broadcast", topics=["innocent"])
+        self._number = 0
+
+    def is_served(self, passing=True):
+        """One broadcast, answered and delivered; and one who connects is answered."""
+        self._number += 1
+        body = broadcast_body(str(self._number), topic="innocent", token=self._token)
+        self._publisher.request("POST", "/broadcast", body)
+        answer = self._publisher.getresponse()
+        assert answer.status == 200 and json.load(answer)["delivered"] == 1
+        assert read_text(self._subscriber) == str(self._number)
+        if passing:
+            with self._daemon.connect() as client:
+                client.sendall(get("/health", "Connection: close"))
+                assert b" 200 " in receive_all(client)
+
+    def go(self):
+        self._publisher.close()
+        self._subscriber.close()
+
+
+def pour(clients, data, done, reads=True):
+    """Send `data` on each again and again, as fast as it is taken; return when all are cut."""
+    selector = selectors.DefaultSelector()
+    events = selectors.EVENT_WRITE | (selectors.EVENT_READ if reads else 0)
+    for client in clients:
+        client.setblocking(False)
+        selector.register(client, events, [0])
+    with selector:
+        while selector.get_map() and not done.is_set():
+            for key, ready in selector.select(0.1):
+                try:
+                    if ready & selectors.EVENT_READ and not key.fileobj.recv(2**20):
+                        raise ConnectionError
+                    if ready & selectors.EVENT_WRITE:
+                        rest = memoryview(data)[key.data[0] :]
+                        key.data[0] = (key.data[0] + key.fileobj.send(rest)) % len(data)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    selector.unregister(key.fileobj)
+
+
+def flood(data, *, opening=b"", reads=True, count=1, **options):
+    """An attack: `count` connections that send `opening`, then `data` for ever; cut, they return."""
+
+    def attack(daemon, stack, begun, done):
+        while not done.is_set():
+            with contextlib.ExitStack() as clients:
+                opened = []
+                for _ in range(count):
+                    with contextlib.suppress(OSError):
+                        opened.append(clients.enter_context(daemon.connect(**options)))
+                        opened[-1].sendall(opening)
+                        if opening:
+                            read_head(opened[-1])
+                begun.set()
+                pour(opened, data, done, reads)
+
+    attack.unix = True  # where the kernel holds 200 KiB for each, and not 6 MiB
+    return attack
+
+
+def crowd(data, count=500):
+    """An attack: `count` connections that send `data` and then nothing, but stay."""
+
+    def attack(daemon, stack, begun, done):
+        for _ in range(count):
+            stack.enter_context(daemon.connect()).sendall(data)
+        begun.set()
+        done.wait(6 * WAIT_S)
+
+    return attack
+
+
+def visits(data, reset=True):
+    """An attack: connections that come, send `data` and go, one after the other."""
+
+    def attack(daemon, stack, begun, done):
+        while not done.is_set():
+            with contextlib.suppress(OSError), daemon.connect() as client:
+                client.sendall(data)
+                if reset:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            begun.set()
+
+    return attack
+
+
+def frames(*texts, opcode=Opcode.TEXT, times=500):
+    return b"".join(client_frame(text, opcode) for text in texts) * times
+
+
+def bad_signatures(count):
+    """Tokens that are wrong only when all of them was verified."""
+    head, _, signature = make_token(scope="broadcast").rpartition(".")
+    return [f"{head[:-10]}{number:010}.{signature}" for number in range(count)]
+
+
+FRAGMENT = Frame(Opcode.CONT, b"", fin=False).serialize(mask=True)
+CHUNKED_HEAD = post(b"", "Transfer-Encoding: chunked", length=False)
+WS = {"opening": handshake()}
+DEEP = broadcast_body(x="@").replace(b'"@"', b"[" * 450_000 + b"]" * 450_000)
+ATTACKS = [
+    ("W10 pings, nothing read", flood(frames(b"x" * 125, opcode=Opcode.PING), reads=False, **WS)),
+    ("W11 pongs", flood(frames(b"", opcode=Opcode.PONG, times=5000), **WS)),
+    ("W11 empty texts from 10", flood(frames("", times=5000), count=10, **WS)),
+    ("W05 a fragment without end", flood(FRAGMENT * 5000, opening=handshake())),
+    (
+        "W05 commands in many fragments",
+        flood(
+            client_frame("/", fin=False) + FRAGMENT * 4097 + client_frame("x", Opcode.CONT), **WS
+        ),
+    ),
+    (
+        "W06 too long, by fragments",
+        flood(
+            client_frame("/" * 4096, fin=False)
+            + client_frame("x" * 4096, Opcode.CONT, fin=False) * 10,
+            **WS,
+        ),
+    ),
+    (
+        "W06 a frame of 2**62 bytes",
+        flood(b"\x81\xff\x3f" + b"\xff" * 7 + b"mask" + b"x" * 2**20, **WS),
+    ),
+    ("W18 the same topic again and again", flood(frames(f"/subscribe news {make_token()}"), **WS)),
+    (
+        "W18 the same, nothing read",
+        flood(
+            frames(f"/subscribe news {make_token()}"),
+            reads=False,
+            opening=handshake("Sec-WebSocket-Protocol: notiflux.v1"),
+        ),
+    ),
+    ("W20 leaving what it never joined", flood(frames("/unsubscribe x"), **WS)),
+    (
+        "W19 topics up to the limit, and more",
+        flood(
+            b"".join(
+                client_frame(f"/subscribe t{n} {make_token(topics=[], topic_prefixes=['t'])}")
+                for n in range(3000)
+            ),
+            **WS,
+        ),
+    ),
+    (
+        "T25 bad tokens, 100 connections",
+        flood(
+            frames(*(f"/subscribe news {token}" for token in bad_signatures(50)), times=1),
+            count=100,
+            **WS,
+        ),
+    ),
+    (
+        "T25 bad tokens in POSTs",
+        flood(
+            b"".join(post(broadcast_body(token=token)) for token in bad_signatures(200)), count=10
+        ),
+    ),
+    ("J04 deep JSON", flood(post(DEEP))),
+    ("J04 a string without end", flood(post(b'["' + rb"[\"" * 300_000))),
+    ("J05 long numbers", flood(post(b"1" * 10**6))),
+    ("J12 60,000 keys", flood(post(json.dumps(dict.fromkeys(map(str, range(60_000)))).encode()))),
+    ("J07 escapes up to the limit", flood(post(b'"' + rb"\ud83d\ude00" * 80_000 + b'"'))),
+    ("H17 heads without a newline", flood(b"x" * 2**20)),
+    ("H22 chunks of one byte", flood(CHUNKED_HEAD + b"1\r\n{\r\n" * 10**6)),
+    ("H21 bodies up to the limit", flood(post(b"{" * 2**20), count=5)),
+    ("H35 bodies beyond the limit", flood(post(b"{" * 2**21))),
+    ("H26 a pipeline, answers read", flood(get("/notiflux.js") * 500)),
+    ("H32 a pipeline, nothing read", flood(get("/notiflux.js") * 500, reads=False, count=20)),
+    ("H32 small answers, nothing read", flood(get("/") * 500, reads=False, count=20)),
+    ("H30 half heads", crowd(b"GET / HTTP/1.1\r\nHo")),
+    ("H31 half bodies", crowd(post(BODY)[:-5])),
+    ("H43 nothing said", crowd(b"")),
+    ("H43 handshakes without a word", crowd(handshake())),
+    ("H25 reset behind a large body", visits(post(b"x" * 2**20)[:-1])),
+    ("W22 reset in the handshake", visits(handshake()[:-3])),
+    (
+        "W22 reset with commands queued",
+        visits(handshake() + frames(f"/subscribe x {make_token()}")),
+    ),
+]
+
+
+@pytest.fixture
+def quick_threads():
+    """Let threads take turns often, so that an attacker among them does not hold up the test."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(0.0002)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize(("name", "attack"), ATTACKS, ids=[row[0] for row in ATTACKS])
+def test_an_innocent_is_served_while_another_attacks(
+    name, attack, running, quick_threads, tmp_path
+):
+    """I5, I6: answered and delivered, in bounded memory; and nothing of the attacker stays."""
+    daemon = running(HOST=f"unix:{tmp_path}/sock" if hasattr(attack, "unix") else "127.0.0.1")
+    innocent, begun, done = Innocent(daemon), threading.Event(), threading.Event()
+    innocent.is_served()
+    descriptors, memory = daemon.descriptors(), daemon.memory()
+    daemon.forget_peak()
+    with contextlib.ExitStack() as stack:
+        thread = threading.Thread(target=attack, args=(daemon, stack, begun, done))
+        thread.start()
+        try:
+            assert begun.wait(WAIT_S)
+            for _ in range(5):
+                innocent.is_served()
+        finally:
+            done.set()
+            thread.join(WAIT_S)
+    assert daemon.memory("VmHWM") < memory + LIMIT_KIB
+    innocent.is_served()
+    wait_for(lambda: daemon.descriptors() <= descriptors)
+    innocent.go()
+
+
+def test_what_a_connection_held_is_freed_when_it_goes(server):
+    """I5: half a body, half a command: no garbage waits for the collector, and none is left."""
+    gc.collect()
+    gc.disable()
+    try:
+        held = []
+        for opening, data in ((b"", post(b"x" * 1000)[:-1]), (handshake(), client_frame("/")[:-1])):
+            with server.connect() as client:
+                client.sendall(opening)
+                if opening:
+                    read_head(client)
+                client.sendall(data)
+                wait_for(lambda: server.daemon.connections)
+                (connection,) = server.call(lambda: server.daemon.connections)
+                parser = getattr(connection, "_reader", None) or connection._protocol
+                held += [weakref.ref(connection), weakref.ref(parser)]
+                del connection, parser
+            server.check_empty()
+        server.exchange(get("/nowhere"))  # nothing of the loop remembers the last one
+        assert [reference() for reference in held] == [None] * 4
+    finally:
+        gc.enable()
+
+
+def test_a_body_that_is_dropped_is_not_held(server):
+    """I5, H34: of a connection that lingers behind its last answer nothing but a descriptor stays."""
+    with server.connect() as client:
+        client.sendall(post(b"x" * 500_000, "Transfer-Encoding: x", length=False))
+        read_head(client)
+        wait_for(lambda: server.daemon.connections)
+        (connection,) = server.daemon.connections
+        wait_for(lambda: connection._closing)
+        assert len(connection._reader.buffer) < 100_000
+
+
+def cost_s(data):
+    """The time of the processor that parse_json takes: the least of three, so noise is left out."""
+
+    def once():
+        began = time.thread_time()
+        with contextlib.suppress(ValueError):
+            notiflux.parse_json(data)
+        return time.thread_time() - began
+
+    return min(once() for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "again"),
+    [
+        ("J04 brackets in a string without end", b'["', rb"[\""),
+        ("J04 strings that never close", b"[" * 65, b'\\"'),
+        ("J04 wide", b"[", b"[],"),
+        ("J12 names", b'{"a":{', b'"":"'),
+        ("J05 digits", b"[", b"111111111,"),
+        ("J07 escapes", b'["', rb"\ud83d\ude00"),
+        ("backslashes", b"[" * 65 + b'"', b"\\"),
+        ("white space", b"[", b" "),
+    ],
+)
+def test_the_price_of_json_grows_as_its_length(name, start, again):
+    """J04, T11: eight times as many bytes cost no more than some ten times as much."""
+    short, long = (cost_s(start + again * (size // len(again))) for size in (2000, 16_000))
+    assert long < 24 * short + 0.002
+
+
+def test_deep_json_is_refused_early():
+    """J04: what is nested too deeply is refused there, however much follows."""
+    flat = b"[" + b"1," * 449_999 + b"1]"
+    for deep in (b"[" * 450_000 + b"]" * 450_000, b'{"a":' * 180_000):
+        assert cost_s(deep) < 0.6 * cost_s(flat)
+
+
+# --- Slow subscribers, many at once ---
+
+
+class Reader:
+    """A plain subscriber that keeps the numbers its messages begin with, in the order it heard."""
+
+    def __init__(self, client):
+        self.client, self.numbers, self.code, self._data = client, [], None, bytearray()
+
+    def feed(self, data):
+        self._data += data
+        while (size := self._frame_size()) and len(self._data) >= size:
+            opcode, start = self._data[0] & 15, size - self._length
+            if opcode == 1:
+                self.numbers.append(int(self._data[start : start + 8]))
+            elif opcode == 8:
+                (self.code,) = struct.unpack("!H", self._data[start : start + 2])
+            del self._data[:size]
+
+    def _frame_size(self):
+        head = {126: 4, 127: 10}.get(self._data[1] if len(self._data) > 1 else None, 2)
+        if len(self._data) < head:
+            return 0
+        self._length = int.from_bytes(self._data[2:head], "big") if head > 2 else self._data[1]
+        return head + self._length
+
+
+def read_on(readers, done):
+    """Read what comes for all of them, until `done`."""
+    with selectors.DefaultSelector() as selector:
+        for reader in readers:
+            selector.register(reader.client, selectors.EVENT_READ, reader)
+        while not done.is_set():
+            for key, _ in selector.select(0.1):
+                key.data.feed(key.fileobj.recv(2**20))
+
+
+def test_of_a_hundred_subscribers_twenty_stop_reading(running):
+    """W12, W13: eighty hear all in order; twenty are dropped with a line each, and resume."""
+    daemon = running(MAX_BUFFER_BYTES="200000", MAX_MESSAGE_BYTES="100000", PING_INTERVAL="3600")
+    with contextlib.ExitStack() as stack:
+        good, slow = (
+            [Reader(stack.enter_context(daemon.subscriber(receive_buffer=size))) for _ in range(n)]
+            for n, size in ((80, None), (20, 4096))
+        )
+        memory, done, ids = daemon.memory(), threading.Event(), []
+        thread = threading.Thread(target=read_on, args=(good, done))
+        thread.start()
+        publisher = stack.enter_context(daemon.connect())
+        delivered = 100
+        while delivered > 80 and len(ids) < 300:
+            publisher.sendall(post(broadcast_body(f"{len(ids):08}{'x' * 65_528}")))
+            read_head(publisher)
+            answer = json.loads(publisher.recv(1000))
+            ids.append(answer["id"])
+            delivered = answer["delivered"]
+        assert delivered == 80
+        for reader in slow:
+            while reader.code is None:
+                reader.feed(reader.client.recv(2**20))
+            assert reader.code == 4100 and reader.numbers == [*range(len(reader.numbers))]
+            again = stack.enter_context(
+                daemon.subscriber(since=ids[len(reader.numbers) - 1], json_mode=True)
+            )
+            again.close()
+        wait_for(lambda: all(len(reader.numbers) == len(ids) for reader in good))
+        done.set()
+        thread.join(WAIT_S)
+        assert all(reader.numbers == [*range(len(ids))] for reader in good)
+        assert daemon.memory("VmHWM") < memory + 20 * 300 + LIMIT_KIB
+    assert daemon.text().count("why=slow") == 20
+
+
+@pytest.mark.parametrize("pace", [2_000, 20_000, 66_000])
+def test_a_slow_but_steady_reader_is_never_told_things_out_of_order(pace, start):
+    """W14: it keeps up, or is dropped: what it reads is in order and whole, up to where it ends."""
+    server = start(MAX_BUFFER_BYTES="200000", MAX_MESSAGE_BYTES="100000")
+    with opened(handshake(), SUBSCRIBE, SO_RCVBUF=65536)(server) as client:
+        wait_for(lambda: server.daemon.hub.topics)
+        reader, sent, delivered = Reader(client), 0, 1
+        while delivered and sent < 150:
+            answer = server.publish(message=f"{sent:08}{'x' * 60_000}")
+            sent, delivered = sent + 1, json.loads(answer.body)["delivered"]
+            reader.feed(client.recv(pace))
+        while reader.code is None and len(reader.numbers) < sent and (data := client.recv(2**20)):
+            reader.feed(data)
+        assert reader.numbers == [*range(len(reader.numbers))]
+        assert reader.code == (None if delivered else 4100)
+
+
+# --- Faults below ---
+
+
+def cpu_s(daemon):
+    fields = Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_without_descriptors_those_who_are_there_are_served(running):
+    """P08: at the limit of open files it goes on, logs a line a second, and later takes who waits."""
+    daemon = running(MAX_CONNECTIONS="200")
+    daemon.may_fail, began = True, time.monotonic()  # asyncio's line has the word error
+    innocent = Innocent(daemon)
+    innocent.is_served()
+    limit = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+    few = (daemon.descriptors() + 3, limit[1])
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, few)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(daemon.connect()) for _ in range(20)]
+        wait_for(lambda: daemon.descriptors() >= few[0])
+        for _ in range(5):
+            innocent.is_served(passing=False)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, limit)
+        for client in clients:
+            client.sendall(get("/health", "Connection: close"))
+            assert b" 200 " in receive_all(client)
+    assert daemon.text().count("out of system resource") <= 1 + time.monotonic() - began
+    innocent.go()
+
+
+def test_without_descriptors_it_does_not_spin(running):
+    """P08: while nobody more can be taken, the processor is not used up by trying."""
+    daemon = running(MAX_CONNECTIONS="200")
+    daemon.may_fail = True
+    few = (
+        daemon.descriptors() + 1,
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)[1],
+    )
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, few)
+    with contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(daemon.connect())
+        wait_for(lambda: daemon.descriptors() >= few[0])
+        began, used = time.monotonic(), cpu_s(daemon)
+        time.sleep(1)  # of its time, which is what is measured
+        assert cpu_s(daemon) - used < 0.5 * (time.monotonic() - began)
+
+
+BROKEN_OUTPUTS = [
+    ("a full disk", "2>/dev/full"),
+    ("closed", "2>&-"),
+    ("all closed", "0<&- 1>&- 2>&-"),
+    ("a pipe whose reader has gone", "2> >(exec true)"),
+]
+
+
+@contextlib.contextmanager
+def shell(command, **options):
+    """The daemon, started by bash with redirections; a client's connect when it answers."""
+    port = free_port()
+    settings = {"PORT": str(port), "JWT_PUBLIC_KEY_B64": b64(public_pem(KEY)), "STOP_TIMEOUT": "1"}
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec "$0" "$@" {command}', sys.executable, ROOT / "notiflux.py"],
+        env=environment(**settings),
+        **options,
+    )
+
+    def connect_to():
+        return socket.create_connection(("127.0.0.1", port), WAIT_S)
+
+    def is_listening():
+        assert process.poll() is None, "it did not start"
+        with contextlib.suppress(ConnectionRefusedError), connect_to():
+            return True
+
+    try:
+        wait_for(is_listening)
+        yield process, connect_to
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def refusals(client, count):
+    """Ask for what is refused with a log line each, and count the answers."""
+    for _ in range(count // 100):
+        client.sendall(get("/" + "x" * 100) * 100)
+    client.shutdown(socket.SHUT_WR)
+    return receive_all(client).count(b"HTTP/1.1 404 ")
+
+
+@pytest.mark.parametrize(("name", "redirection"), BROKEN_OUTPUTS)
+def test_a_log_that_cannot_be_written_stops_nothing(name, redirection):
+    """P10: it serves on, and stops as ever."""
+    with shell(redirection) as (process, connect_to):
+        with connect_to() as client:
+            assert refusals(client, 200) == 200
+        process.terminate()
+        assert process.wait(WAIT_S) == 0
+
+
+def test_a_log_that_nobody_reads_stops_nothing():
+    """P10: a pipe that is full, as where journald hangs, does not hold up the daemon."""
+    with shell("", stderr=subprocess.PIPE) as (_, connect_to), connect_to() as client:
+        assert refusals(client, 3000) == 3000
+
+
+@pytest.mark.parametrize("number", [signal.SIGPIPE, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_that_mean_nothing_are_ignored(number, running):
+    """P05: it serves on."""
+    daemon = running()
+    innocent = Innocent(daemon)
+    daemon.process.send_signal(number)
+    innocent.is_served()
+    innocent.go()
+
+
+def test_an_ignored_interrupt_is_heard_all_the_same(tmp_path):
+    """P03: a shell starts background jobs with SIGINT ignored; it stops the daemon, with 0."""
+    with shell("2>&-", preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) as (one, _):
+        one.send_signal(signal.SIGINT)
+        assert one.wait(WAIT_S) == 0
+
+
+def test_a_pause_of_the_whole_process_drops_nobody(running):
+    """P16: after many ping intervals without the processor, everybody is still there."""
+    daemon = running(PING_INTERVAL="0.2")
+    url = f"ws://127.0.0.1:{daemon.port}/ws"
+    with connect(url) as one, connect(url, subprotocols=["notiflux.v1"]) as two:
+        for client in (one, two):
+            client.send(f"/subscribe news {make_token()}")
+            settle(client)
+        daemon.process.send_signal(signal.SIGSTOP)
+        time.sleep(2)  # the pause itself
+        daemon.process.send_signal(signal.SIGCONT)
+        with daemon.connect() as publisher:
+            publisher.sendall(post(broadcast_body()))
+            assert b'"delivered": 2' in read_head(publisher) + publisher.recv(1000)
+        assert one.recv(timeout=WAIT_S) == "hello"
+    assert "dropped" not in daemon.text()
+
+
+@pytest.mark.parametrize("jump_s", [3600, -3600, -NOW, 2**31 - NOW, 10**10])
+def test_the_wall_clock_may_jump(jump_s, start, monkeypatch, lines):
+    """P15: pings and history go on, nobody is dropped; only what a token says follows the clock."""
+    jumped, real = [0], time.time
+    own = types.SimpleNamespace(**vars(time) | {"time": lambda: real() + jumped[0]})
+    own.time_ns = lambda: int(own.time() * 10**9)
+    monkeypatch.setattr(notiflux, "time", own)
+    server = start(PING_INTERVAL="0.1")
+    server.daemon.verifier._clock = own.time
+    with server.subscriber("json", ["news"]) as client:
+        server.publish(message="before")
+        jumped[0] = jump_s
+        token = make_token(scope="broadcast", exp=int(own.time()) + 600)
+        assert server.publish(message="after", token=token).status == 200
+        events = []
+        while len(events) < 8:
+            events.append(event(client))
+        assert [e["message"] for e in events if e["event"] == "message"] == ["before", "after"]
+        assert len(server.daemon.hub.history.held) == 2
+        assert server.publish().status == (401 if jump_s > 0 else 200)
+    assert not [line for line in lines() if "dropped" in line or line.startswith("<3>")]
+
+
+def test_the_real_clock_may_jump(running, tmp_path):
+    """P15: as above, with the clock of the real program moved by libfaketime."""
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if library is None:
+        pytest.skip("no libfaketime here")
+    clock = tmp_path / "clock"
+    clock.write_text("+0s\n")
+    fake = {"LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock)}
+    more = {"DONT_FAKE_MONOTONIC": "1", "FAKETIME_NO_CACHE": "1"}
+    daemon = running(PING_INTERVAL="0.2", **fake, **more)
+    innocent = Innocent(daemon)
+    innocent._token = make_token(scope="broadcast", topics=["innocent"], exp=2**40)
+    for jump in ("+1h", "-1h", "+20y", "-40y", "+0s"):
+        clock.write_text(f"{jump}\n")
+        innocent.is_served()
+    assert "dropped" not in daemon.text()
+    innocent.go()
+
+
+def test_little_memory_is_no_half_dead_daemon(running):
+    """P17: where memory ends connections do; when those who took it have gone, it serves again."""
+    daemon = running()
+    daemon.may_fail = True  # tracebacks are no wonder then
+    size = daemon.memory("VmSize") * 1024 + 30 * 2**20
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            with contextlib.suppress(OSError):
+                client = stack.enter_context(daemon.connect())
+                client.settimeout(0.5)
+                client.sendall(post(b"x" * 2**20)[:-1])
+    wait_for(lambda: daemon.descriptors() < 12)
+    innocent = Innocent(daemon)
+    innocent.is_served()
+    innocent.go()
+
+
+def test_a_start_that_fails_leaves_no_descriptor(server):
+    """P09: neither a taken port, nor a bad path."""
+    key = {"JWT_PUBLIC_KEY_B64": b64(public_pem(KEY))}
+    before = len(os.listdir("/proc/self/fd"))
+    for changes in ({"PORT": str(server.port)}, {"HOST": "unix:/nowhere/at/all"}) * 5:
+        with pytest.raises(notiflux.CommandError):
+            settings = notiflux.Settings.from_environment(key | changes)
+            asyncio.run(notiflux.Daemon(settings, {}).run())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close() sends RST
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("H25 a broadcast", post(BODY)[:-1]),
+        ("H25 in chunks", post(chunked(BODY), "Transfer-Encoding: chunked", length=False)[:-1]),
+        ("W16 a handshake and commands", handshake() + client_frame("/subscribe news x") * 2),
+        ("W16 an event stream", get("/sse?topic=news", f"Authorization: Bearer {make_token()}")),
+    ],
+)
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "closed"])
+def test_one_who_goes_at_any_point_of_a_request_leaves_nothing(name, data, reset, server, lines):
+    """Cut behind every byte: no broadcast, no error, no connection left."""
+    with server.subscriber(topics=["news"]) as subscriber:
+        for at in range(len(data)):
+            with server.connect() as client:
+                client.sendall(data[:at])
+                if reset:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        wait_for(lambda: len(server.daemon.connections) == 1)
+        assert silent(subscriber)
+        assert json.loads(server.publish().body)["delivered"] == 1
+    assert not [line for line in lines() if line.startswith("<3>")]
+
+
+def test_one_who_goes_at_any_point_of_a_delivery_costs_nobody_theirs(server, lines):
+    """W16: reset or closed behind every byte of a message, while the next one is on its way."""
+    goers, text = [], "hello " * 20
+    with server.subscriber(topics=["news"]) as subscriber, contextlib.ExitStack() as stack:
+        for _ in range(2 * (len(text) + 2)):
+            client = stack.enter_context(server.connect())
+            client.sendall(handshake())
+            read_head(client)
+            client.sendall(client_frame(f"/subscribe news {make_token()}"))
+            goers.append(client)
+        wait_for(lambda: len(server.daemon.hub.topics["news"]) == len(goers) + 1)
+        server.publish(message=text)
+        for at, client in enumerate(goers):
+            client.recv(at // 2 + 1, socket.MSG_WAITALL)
+            if at % 2:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            client.close()
+            if at % 10 == 0:
+                server.publish(message=str(at))
+        rest = [str(at) for at in range(0, len(goers), 10)]
+        assert [subscriber.recv(timeout=WAIT_S) for _ in range(len(rest) + 1)] == [text, *rest]
+    assert not [line for line in lines() if line.startswith("<3>")]
+
+
+# --- Stop ---
+
+
+def opened(*pieces, hear=b"", **options):
+    """A kind of client: it sends the pieces, each after the server's head to the one before."""
+
+    def open_one(server):
+        client = socket.socket()
+        client.settimeout(WAIT_S)
+        for name, value in options.items():
+            client.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        client.connect(("127.0.0.1", server.port))
+        for number, piece in enumerate(pieces):
+            if number:
+                read_head(client)
+            client.sendall(piece)
+        return client
+
+    open_one.hear = hear
+    return open_one
+
+
+SUBSCRIBE = client_frame(f"/subscribe news {make_token()} all")
+CLOSE_1012 = struct.pack("!H", 1012)
+STREAM_HEAD = get("/sse?topic=news&since=all", f"Authorization: Bearer {make_token()}")
+CLIENTS = [  # (kind, how to make one, what it hears at the end)
+    ("nothing said", opened()),
+    ("half a head", opened(get()[:-5])),
+    ("half a body", opened(post(BODY)[:-5])),
+    ("half a chunk", opened(post(b"9\r\nhel", "Transfer-Encoding: chunked", length=False))),
+    ("waits for 100", opened(post(BODY, "Expect: 100-continue")[: -len(BODY)], b"x")),
+    ("idle behind an answer", opened(get())),
+    ("a pipeline, nothing read", opened(get("/") * 200, SO_RCVBUF=4096)),
+    ("lingers behind an error", opened(b"\0\r\n" + b"x" * 100_000)),
+    ("a broadcast just sent", opened(post(BODY), hear=b'"delivered": ')),
+    ("a mute WebSocket", opened(handshake(), hear=CLOSE_1012)),
+    ("a subscriber", opened(handshake(), SUBSCRIBE, hear=CLOSE_1012)),
+    ("half a frame", opened(handshake(), SUBSCRIBE + b"\x81", hear=CLOSE_1012)),
+    ("half a message", opened(handshake(), client_frame("/", fin=False), hear=CLOSE_1012)),
+    ("a subscriber that reads nothing", opened(handshake(), SUBSCRIBE, SO_RCVBUF=4096)),
+    ("one that has said close", opened(handshake(), client_frame(b"\x03\xe8", Opcode.CLOSE))),
+    ("one that floods", opened(handshake(), client_frame("") * 20_000)),
+    ("an event stream", opened(STREAM_HEAD, hear=b"event: message")),
+    ("an event stream that is not read", opened(STREAM_HEAD, SO_RCVBUF=4096)),
+]
+
+
+@pytest.mark.parametrize("number", [10, 0], ids=["ten", "ten that have reset"])
+@pytest.mark.parametrize(("kind", "open_one"), CLIENTS, ids=[row[0] for row in CLIENTS])
+def test_a_stop_ends_whatever_a_client_does(kind, open_one, number, start, lines):
+    """P01, I9: the listener first, then every connection; those who read hear why."""
+    server = start(STOP_TIMEOUT="0.3")
+    server.publish(message="x" * 900_000)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(open_one(server)) for _ in range(number or 10)]
+        wait_for(lambda: len(server.daemon.connections) >= len(clients))
+        for client in clients * (number == 0):
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            client.close()
+        server.loop.call_soon_threadsafe(server.daemon.stop)
+        if open_one.hear and number:
+            assert all(open_one.hear in receive_all(client) for client in clients)
+        server.stop()
+        with pytest.raises(ConnectionRefusedError):
+            server.connect()
+    assert not [line for line in lines() if line.startswith("<3>")]
+
+
+@pytest.mark.parametrize("seconds", ["0", "0.5"])
+def test_a_stop_ends_all_kinds_at_once(seconds, running, tmp_path):
+    """P01, P02, I9: every kind of client at the real program; exit 0, nothing on the log."""
+    daemon = running(STOP_TIMEOUT=seconds)
+    with contextlib.ExitStack() as stack:
+        for _, open_one in CLIENTS * 3:
+            stack.enter_context(open_one(daemon))
+        code, _, log = daemon.stop()
+        assert code == 0 and "stopped" in log
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_of_either_kind_cuts_them_all(first, second, running):
+    """P02, W27: with clients that never answer, and a minute left to stop."""
+    daemon = running(STOP_TIMEOUT="60")
+    with contextlib.ExitStack() as stack:
+        for _, open_one in CLIENTS:
+            stack.enter_context(open_one(daemon))
+        daemon.process.send_signal(first)
+        daemon.log("stopping")
+        assert daemon.stop(second)[0] == 0
+
+
+# --- Everything odd at once: log, secrets, texts ---
+
+CANARY = "Q7zKxW2vLr9TbN4m"
+
+
+def odd_requests(secret):
+    """Requests with `secret` wherever a client may put one, each (name, bytes)."""
+    bearer = f"Authorization: Bearer {secret}"
+    yield from (
+        ("path", get(f"/{secret}")),
+        ("query", get(f"/health?token={secret}")),
+        ("query of a stream", get(f"/sse?topic=news&token={secret}")),
+        ("topic of a query", get(f"/sse?topic={secret}", bearer)),
+        ("since", get(f"/sse?topic=news&since={secret}", bearer)),
+        ("Last-Event-ID", get("/sse?topic=news", f"Last-Event-ID: {secret}", bearer)),
+        ("method", get(method=secret)),
+        ("version", get(version=secret)),
+        ("absolute form", get(f"http://{secret}/health")),
+        ("user and password", get(f"http://{secret}@h/health")),
+        ("Host", get(host=f"Host: {secret}")),
+        ("header name", get("/health", f"{secret}: x")),
+        ("bad header", get("/health", f"{secret} x")),
+        ("User-Agent", get("/nowhere", f"User-Agent: \x1b[31m{secret}")),
+        ("Origin", get("/health", f"Origin: http://{secret}")),
+        ("Connection", get("/health", f"Connection: {secret}")),
+        ("Expect", post(BODY, f"Expect: {secret}")),
+        ("Content-Length", post(BODY, f"Content-Length: {secret}", length=False)),
+        ("Transfer-Encoding", post(BODY, f"Transfer-Encoding: {secret}", length=False)),
+        ("Content-Encoding", post(BODY, f"Content-Encoding: {secret}")),
+        ("chunk", post(secret.encode(), "Transfer-Encoding: chunked", length=False)),
+        ("basic", post(broadcast_body(token=...), f"Authorization: Basic {secret}")),
+        ("bearer", post(broadcast_body(token=...), bearer)),
+        ("bearer, twice", post(broadcast_body(token=...), bearer, bearer)),
+        ("bearer and body", post(broadcast_body(token=secret), bearer)),
+        ("body", post(secret.encode())),
+        ("token", post(broadcast_body(token=secret))),
+        ("token of another topic", post(broadcast_body(topic="other", token=secret))),
+        ("topic", post(broadcast_body(topic=secret))),
+        ("topic with an escape", post(broadcast_body(topic=f"\x1b{secret}"))),
+        ("message", post(broadcast_body(message=secret))),
+        ("key", post(broadcast_body(**{secret: 1}))),
+        ("key, twice", post(BODY[:-1] + f', "{secret}": 1, "{secret}": 2}}'.encode())),
+        ("key of a handshake", handshake(key=secret)),
+        ("version of a handshake", handshake(version=secret)),
+        ("subprotocol", handshake(f"Sec-WebSocket-Protocol: {secret}")),
+        ("subprotocol, malformed", handshake(f"Sec-WebSocket-Protocol: {secret} x")),
+        ("extension", handshake(f"Sec-WebSocket-Extensions: {secret}; {secret}={secret}")),
+    )
+    upgraded = handshake("Sec-WebSocket-Protocol: notiflux.v1")
+    for name, frame in (
+        ("command", client_frame(f"/{secret}")),
+        ("command with spaces", client_frame(f"/subscribe  {secret}")),
+        ("token of a command", client_frame(f"/subscribe news {secret}")),
+        ("token of another", client_frame(f"/subscribe other {secret}")),
+        ("since of a command", client_frame(f"/subscribe news {make_token()} {secret}")),
+        ("four words", client_frame(f"/subscribe news {secret} all {secret}")),
+        ("too long", client_frame(f"/subscribe news {secret * 1200}")),
+        ("no UTF-8", client_frame(f"/subscribe news {secret}".encode() + b"\xff")),
+        ("close reason", client_frame(b"\x03\xe8" + secret[:120].encode(), Opcode.CLOSE)),
+        ("ping", client_frame(secret[:120], Opcode.PING) + b"\x83\x80mask"),
+        ("many", b"".join(client_frame(f"/subscribe news {secret}x") for _ in range(17))),
+    ):
+        yield f"{name} in a WebSocket", (upgraded, frame)
+
+
+def all_that_is_said(daemon, requests):
+    """Send them all; return what came back, but not what a pong or a close repeats."""
+    said = {}
+    for name, data in requests:
+        with daemon.connect() as client:
+            head = b""
+            if isinstance(data, tuple):
+                client.sendall(data[0])
+                head, data = read_head(client), data[1] + client_frame(b"\x03\xe8", Opcode.CLOSE)
+            client.sendall(data)
+            client.settimeout(1 if b"text/event-stream" in head else WAIT_S)
+            client.shutdown(socket.SHUT_WR)
+            repeated = name.startswith(("ping", "close reason"))  # by RFC 6455 section 5.5
+            said[name] = head + (b"" if repeated else receive_all(client))
+    return said
+
+
+def test_no_piece_of_a_token_is_ever_said(running):
+    """I7, O03, O04: at LOG_LEVEL=debug, in log, answers, events and close reasons."""
+    daemon = running(LOG_LEVEL="debug")
+    good = make_token(scope="broadcast", topics=["x"])
+    for token in (good, make_token(topics=["x"]), make_token(key=OTHER_KEY), good + "A"):
+        said = all_that_is_said(daemon, odd_requests(token))
+        said["log"] = daemon.text().encode()
+        said["arguments"] = Path(f"/proc/{daemon.process.pid}/cmdline").read_bytes()
+        for at in range(len(token) - 15):
+            piece = token[at : at + 16].encode()
+            assert not [name for name, text in said.items() if piece in text], piece
+
+
+def test_no_answer_and_no_log_line_repeats_a_client(running):
+    """H45, O06: details are of a finite set; an error's topic is all that comes back."""
+    daemon = running(LOG_LEVEL="debug")
+    said = all_that_is_said(daemon, odd_requests(CANARY))
+    assert not [name for name, text in said.items() if CANARY.encode() in text]
+    assert CANARY not in daemon.text()
+    details = {d for text in said.values() for d in re.findall(rb'"detail": ?"([^"]*)"', text)}
+    assert len(details) > 15
+    other = all_that_is_said(daemon, odd_requests("B" * 16))
+    assert {
+        d for text in other.values() for d in re.findall(rb'"detail": ?"([^"]*)"', text)
+    } == details
+
+
+LOG_LINE = re.compile(
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ (debug|info|warning) [a-z]+( [a-z_]+=(\"[^\"]*\"|\S+))*"
+)
+
+
+def test_every_log_line_is_one_that_programs_can_read(running):
+    """O01, I2, I3: after everything that is odd: event, key=value, printable; one for a refusal."""
+    daemon = running(LOG_LEVEL="debug")
+    for odd in ("\\r\\n<3>x", "%s %(x)s {}", "\x1b[31m", "\xff\u2028"):
+        odd = odd.encode().decode("latin-1")
+        said = all_that_is_said(daemon, odd_requests(odd))
+        assert not [name for name, text in said.items() if text.startswith(b"HTTP/1.1 500")]
+    for _, data, _ in HTTP_ROWS:
+        with daemon.connect() as client, contextlib.suppress(OSError):
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            receive_all(client)
+    log = daemon.text().splitlines()
+    assert [line for line in log if not LOG_LINE.fullmatch(line)] == []
+    assert all(line.isascii() and line.isprintable() for line in log)
+
+
+# --- A model of subscribers over real sockets ---
+
+TOPICS_OF_MODEL = ("a", "b", "c")
+
+
+class Modelled:
+    """A JSON-mode subscriber, and what its events say about what it must have heard."""
+
+    def __init__(self, server, chance):
+        self.client, self.chance = server.connect(), chance
+        self.client.sendall(handshake("Sec-WebSocket-Protocol: notiflux.v1"))
+        read_head(self.client)
+
+    def send(self, *texts, binary=False):
+        """Send commands, cut and fragmented at random."""
+        data = b""
+        for text in texts:
+            at = self.chance.randrange(len(text) + 1)
+            if self.chance.random() < 0.3:  # two fragments, and a ping between them
+                data += client_frame(text[:at], fin=False) + client_frame(b"", Opcode.PING)
+                data += client_frame(text[at:], Opcode.CONT)
+            else:
+                data += client_frame(text)
+        for piece in (data[: len(data) // 3], data[len(data) // 3 :]):
+            if piece:
+                self.client.sendall(piece)
+
+    def check(self, published):
+        """Read all that came up to an answer of now; fail unless it is what it must be.
+
+        `published` has (number, topic, message) of all there was. On a topic, what is heard goes
+        on without a gap from where it subscribed, and stops at `unsubscribed` or at the end.
+        """
+        self.send("/unsubscribe the-end")
+        heard, at = {}, {}  # by topic: the next numbers it must hear; where it is
+        while True:
+            data = json.loads(read_text(self.client))
+            number = int(data["id"].partition("-")[2]) if "id" in data else 0
+            match data["event"]:
+                case "subscribed":
+                    topic = data["topic"]
+                    if data.get("recovered") is not None:
+                        at[topic] = self.since[topic].pop(0)
+                    elif topic not in heard:
+                        at[topic] = number
+                    heard[topic] = [(n, m) for n, t, m in published if t == topic and n > at[topic]]
+                    replayed = [n for n, _ in heard[topic] if n <= number]
+                    assert data["replayed"] == len(replayed) * ("recovered" in data)
+                case "message":
+                    assert heard[data["topic"]].pop(0) == (number, data["message"])
+                    at[data["topic"]] = number
+                case "unsubscribed":
+                    if data["topics"] == ["the-end"]:
+                        break
+                    for topic in data["topics"]:
+                        heard.pop(topic, None)
+        assert not any(heard.values())
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["live", "with resume"])
+def test_subscribers_over_sockets_agree_with_a_model(resume, start, seed, monkeypatch):
+    """I8, I10, W17: random commands, however cut, among broadcasts, resets and closes."""
+    monkeypatch.setattr(notiflux, "REPLAY_PIECE", 2000)  # so that replays take many turns
+    chance, server = random.Random(seed), start(HISTORY_SIZE="10000", HISTORY_SECONDS="3600")
+    token = make_token(topics=[*TOPICS_OF_MODEL, "the-end"])
+    publishing = make_token(scope="broadcast", topics=[*TOPICS_OF_MODEL])
+    everybody, published, pending = [], [], []
+
+    def drain():
+        """Read the answers that are owed: `published` is then all there is."""
+        for one, topic, message in pending:
+            read_head(one)
+            published.append((int(read_json(one)["id"].partition("-")[2]), topic, message))
+        pending.clear()
+        published.sort()
+
+    with contextlib.ExitStack() as stack:
+        publishers = [stack.enter_context(server.connect()) for _ in range(4)]
+        epoch = server.daemon.hub.history.position.partition("-")[0]
+        for step in range(int(os.environ.get("NOTIFLUX_TEST_ROUNDS", "2000")) // 2):
+            action = chance.choice("ssssuuaabbbbbbbccxr")
+            topic = chance.choice(TOPICS_OF_MODEL)
+            if action == "b":
+                for number in range(chance.randrange(1, 5)):
+                    one, topic = chance.choice(publishers), chance.choice(TOPICS_OF_MODEL)
+                    one.sendall(post(broadcast_body([step, number], topic=topic, token=publishing)))
+                    pending.append((one, topic, [step, number]))
+                if chance.random() < 0.3:
+                    drain()
+            elif action == "c" and len(everybody) < 12:
+                everybody.append(Modelled(server, chance))
+                everybody[-1].since = {name: [] for name in TOPICS_OF_MODEL}
+                stack.callback(everybody[-1].client.close)
+            elif everybody and action in "sua":
+                one = chance.choice(everybody)
+                commands = {"s": f"/subscribe {topic} {token}", "u": f"/unsubscribe {topic}"}
+                command = commands.get(action, "/unsubscribe-all")
+                if action == "s" and resume and published:
+                    since = chance.randrange(len(published) + 1)
+                    command += f" {epoch}-{since}"
+                    one.since[topic].append(since)
+                one.send(*[command] * (1 if "-" in command else chance.randrange(1, 3)), "", "x")
+            elif everybody and action in "xr":
+                one = everybody.pop(chance.randrange(len(everybody)))
+                if action == "x":
+                    drain()
+                    one.check(published)
+                else:
+                    one.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                one.client.close()
+        drain()
+        for one in everybody:
+            one.check(published)
+    assert [number for number, _, _ in published] == [*range(1, len(published) + 1)]
+
+
+def read_json(client):
+    """Read one line of JSON, the body of an answer."""
+    data = b""
+    while not data.endswith(b"\n"):
+        data += client.recv(1)
+    return json.loads(data)
+
+
+@pytest.mark.parametrize("command", ["/unsubscribe news", "/unsubscribe-all", "/subscribe news"])
+def test_who_leaves_in_a_replay_hears_no_gap(command, start):
+    """I10: what was heard up to `unsubscribed`, or to the next `subscribed`, is without a gap."""
+    server = start(MAX_BUFFER_BYTES="1000000", MAX_MESSAGE_BYTES="100000")
+    for _ in range(90):
+        server.publish(message="x" * 50_000)
+    with server.subscriber("json", max_queue=1) as client:
+        assert subscribe(client, "all")["replayed"] == 90
+        server.publish(message="live")
+        again = f" {make_token()} all" if "/subscribe" in command else ""
+        client.send(command + again)
+        ids = []
+        while (one := event(client))["event"] == "message":
+            ids.append(int(one["id"].partition("-")[2]))
+        assert ids == [*range(1, len(ids) + 1)]
+        assert len([event(client) for _ in range(one.get("replayed", 0))]) in (0, 91)
+
+
+# --- Soak ---
+
+
+def test_nothing_grows_however_long_it_runs(running, seed):
+    """P26, W22: NOTIFLUX_TEST_ROUNDS=100000 is a million messages and 100,000 connections."""
+    chance, rounds = random.Random(seed), int(os.environ.get("NOTIFLUX_TEST_ROUNDS", "1000"))
+    daemon = running(HISTORY_SECONDS="1", HISTORY_BYTES="2000000")
+    tokens = [make_token(topics=[], topic_prefixes=["t"], jti=number) for number in range(9)]
+    publishing = make_token(scope="broadcast", topics=[], topic_prefixes=["t"])
+    levels, descriptors = [], daemon.descriptors()
+    with daemon.connect() as publisher:
+        for _ in range(10):
+            for _ in range(rounds // 10):
+                topics = [f"t{chance.randrange(10**6)}" for _ in range(10)]
+                with daemon.connect() as client:
+                    match chance.randrange(4):
+                        case 0:
+                            client.sendall(post(BODY)[: chance.randrange(len(BODY))])
+                        case 1:
+                            client.sendall(get("/health", "Connection: close"))
+                            receive_all(client)
+                        case _:
+                            client.sendall(handshake())
+                            read_head(client)
+                            for topic in topics[:2]:
+                                words = f"/subscribe {topic} {chance.choice(tokens)} all"
+                                client.sendall(client_frame(words))
+                    body = broadcast_body("x" * 100, topic=..., topics=topics, token=publishing)
+                    publisher.sendall(post(body))
+                    assert b" 200 " in read_head(publisher) and read_json(publisher)["id"]
+                    if chance.random() < 0.5:
+                        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            levels.append(daemon.memory())
+        wait_for(lambda: daemon.descriptors() <= descriptors + 1)
+    print(levels)
+    assert levels[-1] < levels[4] + 10 * 1024
+
+
+# --- What is left of the list ---
+
+
+def test_a_client_that_says_it_is_done_gets_its_answer(server):
+    """H33: it closes its side right after the request, or between head and body's end."""
+    for pieces in ([post(BODY)], [post(BODY)[:100], post(BODY)[100:]], [get()]):
+        assert [answer.status for answer in server.ask(*pieces)] == [200]
+
+
+@pytest.mark.parametrize(
+    "data", [get("/health", "Connection: close"), b"\0\r\n" + b"x" * 200_000, get(version="1.0")]
+)
+def test_a_client_that_never_closes_keeps_no_descriptor(data, server):
+    """H34: behind an answer that ends the connection, the server goes, whoever stays."""
+    with server.connect() as client:
+        client.sendall(data)
+        wait_for(lambda: not server.daemon.connections)
+
+
+@pytest.mark.parametrize("name", ["X-Forwarded-For", "X-Real-IP", "Forwarded", "CF-Connecting-IP"])
+def test_who_a_client_says_it_is_does_not_matter(name, server, lines):
+    """H42, W31: the log has the socket's peer; any Host is answered alike, and names nothing."""
+    (answer,) = server.ask(get("/nowhere", f"{name}: for=203.0.113.9", host="Host: evil.example"))
+    assert answer.status == 404
+    (line,) = [line for line in lines() if "refused" in line]
+    assert "peer=127.0.0.1:" in line and "203" not in line and "evil" not in line
+
+
+def test_fifty_more_than_it_takes_are_told_so(start):
+    """H44: each surplus connection is answered 503 and closed, those before are served."""
+    server = start(MAX_CONNECTIONS="5")
+    with contextlib.ExitStack() as stack:
+        first = [stack.enter_context(server.connect()) for _ in range(5)]
+        wait_for(lambda: len(server.daemon.connections) == 5)
+        for _ in range(50):
+            (answer,) = parse_answers(server.exchange())
+            assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        for client in first:
+            client.sendall(get())
+            assert b" 200 " in read_head(client)
+
+
+def test_curl_reads_an_early_refusal_and_needs_no_100(start, tmp_path):
+    """H35, H36: 30 MB and 1 MiB; curl asks for a 100 on its own, and does not wait for it."""
+    if not shutil.which("curl"):
+        pytest.skip("no curl here")
+    server = start(MAX_MESSAGE_BYTES="3000000")
+    for size, status in ((30_000_000, "413"), (2_000_000, "200")):
+        (tmp_path / "body").write_bytes(broadcast_body("x" * size))
+        curl = ["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}", "-m", str(WAIT_S)]
+        curl += ["--data-binary", f"@{tmp_path}/body", f"{server.url}/broadcast"]
+        done = subprocess.run(curl, capture_output=True, text=True, timeout=WAIT_S, check=False)
+        assert done.stdout == status, done.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", "a\r\n\r\nevent: message\ndata: {}", "id: 9-9\n", "\u2028\u2029", ":", ""]
+)
+def test_a_message_is_never_taken_for_a_field_of_a_stream(text, server):
+    """J13: whatever its text, it is one event with one id."""
+    with stream(server, "topic=news", token=make_token()) as (_, events, _):
+        next(events)
+        server.publish(message=text)
+        server.publish(message="next")
+        assert [message for _, _, message in messages(events, 2)] == [text, "next"]
+
+
+def test_the_texts_of_others_arrive_as_they_are(server):
+    """J08, W03: four bytes, NUL, right to left, zero width: as a message and in a topic's name."""
+    for text in ("\U0001f600", "\u202eabc\u202c", "a\u200bb", "e\u0301", "\ufeff", "\U0010ffff"):
+        with server.subscriber("json") as client:
+            token = make_token(topics=[text])
+            client.send(f"/subscribe {text} {token}")
+            assert event(client)["topic"] == text
+            publisher = make_token(scope="broadcast", topics=[text])
+            server.publish(topic=text, message=text + "\0", token=publisher)
+            heard = event(client)
+            assert (heard["topic"], heard["message"]) == (text, text + "\0")
+
+
+def test_a_topic_that_nobody_has_reads_like_one_that_others_have(server):
+    """T22, T26, W23: the same refusal; and a good token is good again, with nobody there."""
+    with server.subscriber(topics=["taken"]):
+        bodies = [broadcast_body(topic=topic) for topic in ("taken", "unknown")]
+        one, other = (server.ask(post(body))[0] for body in bodies)
+    assert one.status == other.status == 403 and one.body == other.body
+    answers = server.ask(post(BODY) * 2)
+    assert [json.loads(answer.body)["delivered"] for answer in answers] == [0, 0]
+
+
+AUDITED = []
+AUDITING = threading.Event()
+
+
+def audit(name, arguments):
+    if AUDITING.is_set() and name in ("open", "socket.connect", "socket.getaddrinfo", "os.system"):
+        AUDITED.append((name, arguments))
+
+
+def test_a_token_makes_nobody_open_or_connect(two_keys):
+    """T08, T30: kid, jku, x5u, jwk, x5c are no more than text; the private key is never needed."""
+    sys.addaudithook(audit)  # there is no way to remove it
+    verifier = notiflux.TokenVerifier([KEY.public_key()])
+    AUDITING.set()
+    try:
+        for kid in ("../../../dev/null", "/etc/passwd", "http://127.0.0.1:1/", "x" * 1000):
+            verifier.verify(
+                make_token({"kid": kid, "jku": kid, "x5u": kid, "jwk": {}, "x5c": [kid]})
+            )
+    finally:
+        AUDITING.clear()
+    assert not AUDITED
+
+
+MORE_FRAMES = [
+    *(
+        (f"opcode {n:x}", bytes((0x80 | n, 0x80)) + b"mask", 1002)
+        for n in (3, 4, 5, 6, 7, 11, 12, 15)
+    ),
+    *(
+        (f"close {code}", client_frame(struct.pack("!H", code), Opcode.CLOSE), 1002)
+        for code in (0, 999, 1004, 1005, 1006, 1015, 5000)
+    ),
+    ("close with a bad reason", client_frame(b"\x03\xe8\xff", Opcode.CLOSE), 1007),
+    ("a ping in fragments", b"\x09\x81maskx", 1002),
+    ("a continuation of nothing", client_frame(b"x", Opcode.CONT), 1002),
+    ("a text within a text", client_frame("/", fin=False) + client_frame("/x"), 1002),
+    ("RSV2", b"\xa1\x80mask", 1002),
+    (
+        "W06 too long, in fragments",
+        client_frame("/" * 9000, fin=False) + client_frame("x" * 9000, Opcode.CONT),
+        1009,
+    ),
+    ("a good close", client_frame(b"\x03\xe8bye", Opcode.CLOSE), 1000),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "frame", "code"), MORE_FRAMES, ids=[row[0] for row in MORE_FRAMES]
+)
+def test_what_is_no_good_frame_closes_with_its_code(name, frame, code, server, lines):
+    """W07, W26: one close frame with the right code and a short reason; nothing on the log."""
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(frame)
+        ((opcode, payload),) = parse_frames(receive_all(client))
+    assert (opcode, payload[:2]) == (8, struct.pack("!H", code)) and len(payload) <= 125
+    assert not [line for line in lines() if line[:3] in ("<3>", "<4>")]
+
+
+@pytest.mark.parametrize(
+    ("offer", "status"),
+    [
+        ("permessage-deflate", 101),
+        ("permessage-deflate; client_max_window_bits", 101),
+        (", ".join(["x"] * 1000), 101),
+        ("x; y=z, permessage-deflate; server_no_context_takeover", 101),
+        ('a; b="', 101),
+        (";;;", 101),
+    ],
+)
+def test_extensions_are_declined(offer, status, server):
+    """W08: compression is off, whatever is offered and however."""
+    with server.connect() as client:
+        client.sendall(handshake(f"Sec-WebSocket-Extensions: {offer}"))
+        head = read_head(client)
+    assert head.startswith(b"HTTP/1.1 %d " % status) and b"Extensions" not in head
+
+
+def test_a_thousand_topics_each_leave_nothing(start):
+    """W19, W20: thirty connections that fill up and go, one way or another; the tables are empty."""
+    server = start()
+    token = make_token(topics=[], topic_prefixes=["t"])
+    for turn in range(30):
+        with server.connect() as client:
+            client.sendall(handshake())
+            read_head(client)
+            names = [f"t{turn}-{number}" for number in range(1000)]
+            client.sendall(b"".join(client_frame(f"/subscribe {n} {token}") for n in names))
+            client.sendall(client_frame("/settled"))
+            assert read_text(client) == UNKNOWN
+            assert len(server.daemon.hub.topics) >= 1000
+            if turn % 3 == 0:
+                client.sendall(
+                    client_frame("/unsubscribe-all") * 2 + client_frame("/unsubscribe x")
+                )
+            elif turn % 3 == 1:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        wait_for(lambda: not server.daemon.hub.topics)
+    server.check_empty()
+
+
+@pytest.mark.parametrize("host", ["::1", "::", "unix:"])
+def test_subscribers_are_served_on_every_kind_of_address(host, start, tmp_path):
+    """W28: IPv6, all of IPv6 and a Unix socket: subscribe, broadcast, hear."""
+    path = str(tmp_path / "notiflux.sock")
+    if ":" in host[:2] and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    server = start(HOST=host + path if host == "unix:" else host)
+
+    def connect_to():
+        client = socket.socket(socket.AF_UNIX if host == "unix:" else socket.AF_INET6)
+        client.settimeout(WAIT_S)
+        client.connect(path if host == "unix:" else ("::1", server.port))
+        return client
+
+    with connect_to() as client, connect_to() as publisher:
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(client_frame(f"/subscribe news {make_token()}"))
+        wait_for(lambda: server.daemon.hub.topics)
+        publisher.sendall(post(BODY))
+        assert b" 200 " in read_head(publisher)
+        assert read_text(client) == "hello"
+
+
+def test_the_unit_keeps_what_it_must():
+    """J16, O03: string hashes stay random, and no token gets into a core dump."""
+    unit = (ROOT / "systemd" / "notiflux.service").read_text()
+    assert "PYTHONHASHSEED" not in unit and "\nLimitCORE=0\n" in unit
+
+
+def test_readmes_limits_are_the_programs():
+    """O12: each number of README's paragraph "Limits" is a constant of the file."""
+    text = re.search(r"^Limits: .*?\n\n", (ROOT / "README.md").read_text(), re.M | re.S)[0]
+    text = " ".join(text.split())
+    times = notiflux.TIMEOUTS_S
+    for words in (
+        f"a head of {notiflux.HEAD_MAX // 1024} KiB with {notiflux.HEADERS_MAX} headers",
+        f"{times['head']} seconds for a head and {times['body']} for a body",
+        f"{times['idle']} seconds for an idle connection",
+        f"{notiflux.TOKEN_MAX // 1024} KiB for a token",
+        f"{notiflux.TOPIC_MAX} bytes for a topic",
+        f"JSON nested {notiflux.JSON_DEPTH_MAX} deep",
+    ):
+        assert words in text
+
+
+# --- Behind proxies ---
+
+NGINX = """\
+daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
+events {{ worker_connections 100; }}
+http {{
+    access_log off; lingering_close off; client_max_body_size 2m;
+    client_body_temp_path {folder}/1; proxy_temp_path {folder}/2; fastcgi_temp_path {folder}/3;
+    uwsgi_temp_path {folder}/4; scgi_temp_path {folder}/5;
+    upstream one {{ server 127.0.0.1:{there}; keepalive 1; }}
+    server {{ listen 127.0.0.1:{here}; {location} }}
+}}
+"""
+HAPROXY = """\
+defaults
+    mode http
+    timeout connect 9s
+    timeout client 9s
+    timeout server 9s
+    http-reuse always
+listen one
+    bind 127.0.0.1:{here}
+    server one 127.0.0.1:{there} maxconn 1
+"""
+
+
+@pytest.fixture(params=["nginx, kept alive", "nginx, as README has it", "haproxy"])
+def proxy(request, server, tmp_path):
+    """A proxy in front of the server: a Server whose `port` is the proxy's."""
+    name = request.param.partition(",")[0]
+    program = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")
+    if not program:
+        pytest.skip(f"no {name} here")
+    location = 'location / { proxy_pass http://one; proxy_http_version 1.1; proxy_set_header Connection ""; }'
+    if "README" in request.param:
+        location = re.search(r"```nginx\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+        location = location.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}")
+    places = {"here": free_port(), "there": server.port, "folder": tmp_path, "location": location}
+    (tmp_path / "config").write_text((NGINX if name == "nginx" else HAPROXY).format(**places))
+    options = ["-p", str(tmp_path), "-e", "stderr", "-c"] if name == "nginx" else ["-f"]
+    if os.getuid() == 0 and name == "nginx":
+        options = ["-g", "user root;", *options]
+    process = subprocess.Popen([program, *options, tmp_path / "config"], stderr=subprocess.DEVNULL)
+    front = Server.__new__(Server)
+    front.port, front.name = places["here"], request.param
+
+    def is_listening():
+        assert process.poll() is None
+        with contextlib.suppress(OSError), front.connect():
+            return True
+
+    try:
+        wait_for(is_listening)
+        yield front
+    finally:
+        process.terminate()
+        process.wait(WAIT_S)
+
+
+def test_behind_a_proxy_nobody_gets_what_is_anothers(proxy, server):
+    """H47: requests in doubt, sent through a kept connection, neither reach nor delay the next."""
+    doubtful = [data for name, data, _ in HTTP_ROWS if re.match("H(1[1-9]|2[0-9])", name)]
+    with server.subscriber("json", ["news"], max_queue=None) as subscriber:
+        heard, done = [], []
+        for data in doubtful:
+            with proxy.connect() as attacker, contextlib.suppress(OSError):
+                attacker.settimeout(1)  # nginx lingers; what comes later is not missed
+                attacker.sendall(data)
+                attacker.shutdown(socket.SHUT_WR)
+                done += re.findall(rb'"id": "([^"]+)"', receive_all(attacker))
+            with proxy.connect() as client:
+                client.sendall(get("/nowhere"))
+                head = read_head(client)
+                assert head.startswith(b"HTTP/1.1 404 "), (data[:300], head)
+        settle(subscriber)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                heard.append(json.loads(subscriber.recv(timeout=0))["id"].encode())
+        assert set(done) <= set(heard) and len(heard) == len(set(heard))
+
+
+def test_readmes_proxy_carries_a_websocket(proxy, server):
+    """O12: with README's lines, and with haproxy as it is, subscribing works."""
+    if "kept" in proxy.name:
+        pytest.skip("it forwards no Upgrade")
+    with connect(f"ws://127.0.0.1:{proxy.port}/ws", open_timeout=WAIT_S) as client:
+        client.send(f"/subscribe news {make_token()}")
+        settle(client)
+        server.publish()
+        assert client.recv(timeout=WAIT_S) == "hello"
+
+
 # --- Clients: the commands, notiflux.js in Node, the console in a browser ---
 
 
@@ -4434,3 +5938,38 @@ def test_old_pythons_and_packages_are_told_so(tmp_path):
     done = run("--version", WEBSOCKETS_MAX_LINE_LENGTH="abc")
     assert done.returncode == 1 and "abc" in done.stderr
     assert "sys.version_info < (3, 11)" in SOURCE
+
+
+ROWS = (
+    [f"H{n:02}" for n in range(1, 48)]
+    + [f"J{n:02}" for n in range(1, 17)]
+    + [f"T{n:02}" for n in range(1, 31) if n != 7]
+    + [f"W{n:02}" for n in range(1, 33)]
+    + [f"P{n:02}" for n in (*range(1, 11), *range(15, 27))]
+    + [f"O{n:02}" for n in range(1, 13)]
+    + ["H22b", *(f"I{n}" for n in range(1, 11))]
+)
+NOT_TESTED_HERE = {  # row: why
+    "W01": "Autobahn's wstest needs Python 2; what it checks of frames is in the tables W05 to W07",
+    "W15": "a peer that vanishes without a packet needs a second network namespace, and root",
+    "W30": "nothing to test: no cookie and no other ambient authority exists (see H41, O04)",
+    "W32": "ws, wscat, aiohttp and picows are no packages of ours; Node and Chromium are tested",
+    "P18": "needs systemd as init; that WATCHDOG=1 comes from the sweep is tested with P19",
+    "P22": "needs systemd as the init of a container, and root",
+    "P23": "needs systemd as the init of a container, and root",
+    "P24": ".ci/run runs the suite on each corner",
+    "P25": ".ci/run runs the suite with -X dev -W error",
+    "O05": "a statistic; T22 compares the texts",
+    "O10": "what T27 says",
+}
+
+
+def test_every_row_of_the_list_of_faults_has_a_test():
+    """Each row's id stands in a test's docstring or table, or in NOT_TESTED_HERE with the reason."""
+    text = "".join(path.read_text() for path in ROOT.glob("test_*.py"))
+    named = text.partition("NOT_TESTED_HERE = {")[0] + text.rpartition("\n}\n")[2]
+    named = set(re.findall(r"\b[A-Z]\d{1,2}b?\b", named))
+    for first, last in re.findall(r"\b([A-Z]\d\d) to ([A-Z]\d\d)\b", text):
+        named |= {f"{first[0]}{n:02}" for n in range(int(first[1:]), int(last[1:]) + 1)}
+    assert [row for row in ROWS if row not in named | NOT_TESTED_HERE.keys()] == []
+    assert [row for row in NOT_TESTED_HERE if row not in ROWS or row in named] == []
