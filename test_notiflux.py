@@ -5549,6 +5549,31 @@ def test_the_client_resumes_after_a_cut(server, node):
     server.check_empty()
 
 
+def test_a_restart_behind_the_socket_is_a_pause(node):
+    """P21: with systemd's socket nobody is refused, and a page hears all that came meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as tcp:
+        where = tcp.getsockname()
+        with activated(tcp) as first:
+            client = node(
+                types.SimpleNamespace(port=where[1]),
+                {"news": [make_token(jti=str(n)) for n in range(9)]},
+            )
+            client.states("connecting", "open", "subscribed")
+            with socket.create_connection(where, WAIT_S) as publisher:
+                publisher.sendall(post(broadcast_body("before")))
+                assert b" 200 " in read_head(publisher)
+                first.terminate()
+                assert first.wait(WAIT_S) == 0
+        with socket.create_connection(where, WAIT_S) as publisher:
+            publisher.sendall(post(broadcast_body("meanwhile")))
+            with activated(tcp) as second:
+                assert b" 200 " in read_head(publisher)
+                heard = [client.said("message", "news") for _ in range(2)]
+                second.terminate()
+                assert second.wait(WAIT_S) == 0
+        assert heard == ["before", "meanwhile"]
+
+
 def test_the_client_tells_when_messages_may_be_missing(start, node):
     """After a restart of the server, which forgot, `recovered` is false; then it goes on."""
     port = str(free_port())
