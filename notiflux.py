@@ -104,7 +104,7 @@ LISTEN_QUEUE = 4096  # connections that wait in the kernel
 TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5, "close": 10}
 READY_MAX = 64  # sockets that are looked at in one turn of the loop: some 20 ms
 TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # broadcasts, at most
-LINES_MAX = 20  # of one event in the log in a second; what is more is counted
+LINES_MAX = 100  # of one event in the log in a second; what is more is counted
 BEATS_MAX = 500  # subscribers who get a sign of life in one turn of the loop
 SWEEP_S = 1.0  # between two looks at every connection's deadline
 
