@@ -4012,17 +4012,23 @@ class Running(Process):
         return self.process.returncode, time.monotonic() - began, self.text()
 
 
+def read_exactly(client, size):
+    data = b""
+    while len(data) < size:
+        assert (more := client.recv(size - len(data))), "it ended"
+        data += more
+    return data
+
+
 def read_text(client):
     """Read the next text frame of the server's, whatever its length; answer pings."""
     while True:
-        opcode, size = client.recv(2, socket.MSG_WAITALL)
+        opcode, size = read_exactly(client, 2)
         if size == 126:
-            (size,) = struct.unpack("!H", client.recv(2, socket.MSG_WAITALL))
+            (size,) = struct.unpack("!H", read_exactly(client, 2))
         elif size == 127:
-            (size,) = struct.unpack("!Q", client.recv(8, socket.MSG_WAITALL))
-        data = b""
-        while len(data) < size:
-            data += client.recv(size - len(data))
+            (size,) = struct.unpack("!Q", read_exactly(client, 8))
+        data = read_exactly(client, size)
         if opcode & 15 == 9:
             client.sendall(client_frame(data, Opcode.PONG))
         if opcode & 15 == 8:
