@@ -536,8 +536,9 @@ class Batch:
     def send(self, room: int) -> int:
         """Queue it to them, while there is room; return what is left of that."""
         frames, encode, frame = dict[Any, bytes](), None, b""  # by what made them, each once
-        while self.audience and room > 0:
-            subscriber = self.audience.pop()
+        audience = self.audience  # which others may take subscribers from, between two turns
+        while audience and room > 0:
+            subscriber = audience.pop()
             if subscriber.encode is not encode:
                 encode = subscriber.encode
                 frame = frames.get(encode) or b"".join(map(encode, self.messages))
