@@ -97,13 +97,14 @@ HEADERS_MAX = 64
 HEADS_REMEMBERED = 128  # that were read without a fault, at most 2 MiB of them
 CHUNK_LINE_MAX = 256  # bytes of a chunk's size line; extensions are short where they exist
 READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy for long
-FRAMES_MAX = 5_000  # between two pings: more than a page with MAX_TOPICS may need
 FRAMES_READ_MAX = 1024  # the same once they are frames: an empty one has 6 bytes
+FRAMES_MAX = 5_000  # from one peer between two pings: more than MAX_TOPICS take
 ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
 LISTEN_QUEUE = 4096  # connections that wait in the kernel
+# write: without progress; linger: after our half has closed; close: for a subscriber to go.
 TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5, "close": 10}
 READY_MAX = 64  # sockets that are looked at in one turn of the loop: some 20 ms
-TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # broadcasts, at most
+TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # of a broadcast
 LINES_MAX = 100  # of one event in the log in a second; what is more is counted
 BEATS_MAX = 500  # subscribers who get a sign of life in one turn of the loop
 SWEEP_S = 1.0  # between two looks at every connection's deadline
@@ -565,8 +566,8 @@ class Hub:
         self._batch: Batch | None = None  # which is on its way
         self.sending = ""  # its topic, while it is queued to subscribers
         self._grown, self._turns = False, 0  # by a message in this turn; turns that it grew in
-        self.subscriptions = self.broadcasts = self.deliveries = 0  # now; since the start
-        self.took_s, self.took = 0.0, [0] * (len(TOOK_S) + 1)  # broadcasts: all, and how many each
+        self.subscriptions = self.deliveries = 0  # now; since the start
+        self.took_s, self.took = 0.0, [0] * (len(TOOK_S) + 1)  # all broadcasts; how many a bucket
 
     def subscribe(self, subscriber: Any, topic: str) -> None:
         """Let `subscriber` hear what is sent to `topic` from now on; once is enough."""
@@ -596,7 +597,7 @@ class Hub:
             if message.topic == topics[-1]:
                 took_s = time.perf_counter() - start_s
                 self.took[bisect.bisect_left(TOOK_S, took_s)] += 1
-                self.took_s, self.broadcasts = self.took_s + took_s, self.broadcasts + 1
+                self.took_s += took_s
                 self.deliveries += total
                 done(message.id, total)
 
@@ -683,7 +684,8 @@ class Subscriber(asyncio.Protocol):
         self._behind = 0  # bytes of the frames in it, which were not there at its start
         self._paused = False  # by the transport, until the peer has taken what is unsent
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
-        self.peer, self._why, self.since_s = "", "gone", self._loop.time()  # why it ended
+        self.peer, self.since_s = "", self._loop.time()  # who it is, and since when
+        self._why = "gone"  # what ended it: that, or one of GOODBYES
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
@@ -809,7 +811,7 @@ class WebSocketSubscriber(Subscriber):
         self._json_mode = json_mode
         self._protocol = ServerProtocol(state=State.OPEN, max_size=COMMAND_MAX)
         self._is_text, self._received = False, b""  # what came of a command so far
-        self._refused = self._unanswered = self._frames = 0  # commands; pings; since the last one
+        self._refused = self._unanswered = self._frames = 0  # commands; pings; since the last ping
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -817,7 +819,7 @@ class WebSocketSubscriber(Subscriber):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._protocol.parser.close()  # the same: a cycle of the library's (15.0 to 17.4)
+        self._protocol.parser.close()  # or the two, a cycle (15.0 to 17.4), would stay for a while
 
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
@@ -1269,7 +1271,7 @@ class HTTPConnection(asyncio.Protocol):
         else:
             self._reader.buffer.clear()
             self.transport.resume_reading()
-            with contextlib.suppress(OSError):  # as above
+            with contextlib.suppress(OSError):  # it is gone, which is not known here yet
                 self.transport.write_eof()
 
 
@@ -1440,15 +1442,15 @@ def exposition(daemon: Any) -> bytes:
     hub, history, counts, resident = daemon.hub, daemon.hub.history, daemon.counts, 0
     with contextlib.suppress(OSError):  # Linux has it
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    below = itertools.accumulate(hub.took)
+    broadcasts, below = sum(hub.took), itertools.accumulate(hub.took)
     took = {f'_bucket{{le="{le}"}}': n for le, n in zip((*TOOK_S, "+Inf"), below, strict=True)}
-    took |= {"_sum": hub.took_s, "_count": hub.broadcasts}
+    took |= {"_sum": hub.took_s, "_count": broadcasts}
     lines = []
     for name, kind, about, value in (
         ("notiflux_connections", "gauge", "Open connections", daemon.connected),
         ("notiflux_subscriptions", "gauge", "Topics of all subscribers", hub.subscriptions),
         ("notiflux_topics", "gauge", "Topics with a subscriber", len(hub.topics)),
-        ("notiflux_broadcasts_total", "counter", "Broadcasts that happened", hub.broadcasts),
+        ("notiflux_broadcasts_total", "counter", "Broadcasts that happened", broadcasts),
         ("notiflux_deliveries_total", "counter", "Messages queued to subscribers", hub.deliveries),
         ("notiflux_refusals_total", "counter", "Refused requests and commands", counts["refusals"]),
         ("notiflux_disconnects_total", "counter", "Subscribers that went", counts["disconnects"]),
@@ -1694,7 +1696,7 @@ class Daemon:
         self.hub = Hub(History(*bounds), min(BATCH_MAX, settings.max_buffer_bytes // 8))
         self.clients: set[HTTPConnection] = set()  # that may send requests
         self.beats: OrderedDict[Subscriber, float] = OrderedDict()  # and when each is due
-        self.counts = defaultdict[str, Counter[Any]](Counter)  # refusals and others, by why
+        self.counts = defaultdict[str, Counter[Any]](Counter)  # by what, and by label
         self._router = Router(self)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if settings.tls_cert_file else None
         self._load_certificate()
@@ -1773,9 +1775,7 @@ class Daemon:
 
     async def _serve(self) -> list[websockets.asyncio.server.Server]:
         settings = self.settings
-        where: list[dict[str, Any]] = [
-            {"sock": sock} for sock in activated_sockets(self._environment)
-        ]
+        where: list[Any] = [{"sock": each} for each in activated_sockets(self._environment)]
         if not where and settings.host.startswith("unix:"):
             where = [{"unix": True, "path": settings.host.removeprefix("unix:")}]
             with socket.socket(socket.AF_UNIX) as client:  # asyncio removes one that nobody serves
@@ -1783,15 +1783,14 @@ class Daemon:
                 error = client.connect_ex(where[0]["path"]) or errno.EADDRINUSE
             if error not in (errno.ECONNREFUSED, errno.ENOENT):
                 raise OSError(error, os.strerror(error))
+        # Neither is called: HTTPConnection asks the router itself, and no connection needs a task.
         how: Any = {"handler": None, "process_request": self._router.process_request}
         how |= {"create_connection": lambda *_, **__: HTTPConnection(self, self._router)}
         how |= {"backlog": LISTEN_QUEUE, "ssl": self._tls}
         where = where or [{"host": settings.host, "port": settings.port}]
         servers = [await websockets.asyncio.server.serve(**each, **how) for each in where]
         if "path" in where[0]:
-            os.chmod(
-                where[0]["path"], 0o666
-            )  # a proxy is another user, and tokens say who may what
+            os.chmod(where[0]["path"], 0o666)  # a proxy is another user; tokens say who may what
         return servers
 
     def _sweep(self) -> None:
@@ -1835,7 +1834,7 @@ class Daemon:
             self._sweep()
         log.info("stopped connections_cut=%d", self.connected)
         # Not wait_closed(): from Python 3.12 on it waits for TLS handshakes, which nothing can cut.
-        self.stop()
+        self.stop()  # once more: cut whoever is left
 
 
 # --- Command line: one function a command. The one place that touches the process. ---
@@ -1988,7 +1987,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CommandError, Refusal, OSError, UnicodeError) as exc:
         priority = "<3>" * LogHandler(os.environ.get("JOURNAL_STREAM", "")).journal
         print(f"{priority}notiflux: {exc}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what cannot be written is not tried again
+        if isinstance(exc, OSError):  # what cannot be written is not tried again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 78 if isinstance(exc, SettingsError) and options.command != check_command else 1
     except KeyboardInterrupt:
         return 130  # as a shell says it
