@@ -59,20 +59,15 @@ try:
     import cryptography.exceptions
     import jwt
     import websockets.asyncio.server
-    import websockets.version
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from websockets.frames import Frame, Opcode
     from websockets.protocol import State
     from websockets.server import ServerProtocol
 
-    for _name, _floor, _found in (
-        ("websockets", (15, 0), websockets.version.version),
-        ("PyJWT", (2, 10), jwt.__version__),
-        ("cryptography", (43, 0), cryptography.__version__),
-    ):
-        if tuple(map(int, re.findall(r"\d+", _found))) < _floor:
-            raise ImportError(f"{_name} {_found} is too old")
+    for _package, *_floor in ((websockets, 15, 0), (jwt, 2, 10), (cryptography, 43, 0)):
+        if [*map(int, re.findall(r"\d+", _package.__version__))] < _floor:
+            raise ImportError(f"{_package.__name__} {_package.__version__} is too old")
     ES256: Any = jwt.get_algorithm_by_name("ES256")
 except (ImportError, ValueError) as exc:  # ValueError: websockets reads variables of its own
     sys.exit(f"notiflux: cannot use a package it needs ({exc}); to install them: {INSTALL}")
@@ -96,9 +91,9 @@ HEAD_MAX = 16 * 1024  # bytes of a whole head, with its empty line
 HEADERS_MAX = 64
 HEADS_REMEMBERED = 128  # that were read without a fault, at most 2 MiB of them
 CHUNK_LINE_MAX = 256  # bytes of a chunk's size line; extensions are short where they exist
-READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy for long
-FRAMES_READ_MAX = 1024  # the same once they are frames: an empty one has 6 bytes
-FRAMES_MAX = 5_000  # from one peer between two pings: more than MAX_TOPICS take
+READ_MAX = 8 * 1024  # bytes read at once, and worked on in a turn of their own, if these are
+READ_SMALL = 1024  # bytes or more; of frames, one of which may have 6 bytes, no more are read
+FRAMES_MAX = 5_000  # from one peer between two pings, or two for each of MAX_TOPICS
 ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
 LISTEN_QUEUE = 4096  # connections that wait in the kernel
 # write: without progress; linger: after our half has closed; close: for a subscriber to go.
@@ -673,7 +668,6 @@ class Subscriber(asyncio.Protocol):
     def __init__(self, daemon: Any, head: Any, *asked: Any) -> None:
         self._daemon, self._hub, self._settings = daemon, daemon.hub, daemon.settings
         self._loop = asyncio.get_running_loop()
-        # per connection
         self.head, self._asked = head, asked  # its answer; an event stream's topics and since
         self.topics: set[str] = set()
         self.encode = Message.event_lines
@@ -703,8 +697,7 @@ class Subscriber(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self.transport.resume_reading()
-        self._pump()
+        self._go_on()
 
     def connection_lost(self, exc: Exception | None) -> None:
         del self._daemon.beats[self]
@@ -758,9 +751,11 @@ class Subscriber(asyncio.Protocol):
                 self._replay, self.deliver = deque(), self._hold
                 self.transport.set_write_buffer_limits(REPLAY_PIECE)
             self._replay += ((message.topic, message) for message in messages)
-            self._pump()
+            self._go_on()
 
-    def _pump(self) -> None:
+    def _go_on(self) -> None:
+        if not self._paused:
+            self.transport.resume_reading()
         if self._replay is None or self._paused:
             return
         piece = bytearray()
@@ -770,7 +765,7 @@ class Subscriber(asyncio.Protocol):
             piece += item if isinstance(item, bytes) else self.encode(item)
         if piece:
             self.transport.write(piece)
-            self._loop.call_soon(self._pump)  # after the others had their turn
+            self._daemon.later(self._go_on)
         else:
             self._end_replay()
 
@@ -825,11 +820,12 @@ class WebSocketSubscriber(Subscriber):
         self._unanswered = 0
         self._protocol.receive_data(data)
         events = cast(list[Frame], self._protocol.events_received())
-        most = FRAMES_READ_MAX if len(events) <= 3 else FRAMES_READ_MAX // 16  # they are short
-        self.transport.max_size = most  # type: ignore[attr-defined]
+        if len(events) > 3:  # and others wait
+            self.transport.pause_reading()
+            self._daemon.later(self._go_on)
         for event in events:
             self._frames += 1
-            if self._frames > FRAMES_MAX:
+            if self._frames > max(FRAMES_MAX, 2 * self._settings.max_topics):
                 self._drop("flood")
             if event.opcode not in DATA_OPCODES or self._abort is not None:
                 continue
@@ -1157,8 +1153,10 @@ class HTTPConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if not self._closing:
             self._reader.buffer += data
-            if self._owed:
+            if self._owed or len(data) >= READ_SMALL:
                 self.transport.pause_reading()
+            if len(data) >= READ_SMALL:
+                self._daemon.later(self._advance)
             else:
                 self._advance()
 
@@ -1213,9 +1211,6 @@ class HTTPConnection(asyncio.Protocol):
                 refuse_if(not self._reader.empty, 400, "the request ended early")
                 self._close()
             else:
-                head = self._reader.head
-                most = READ_MAX // 16 if head and head.length is None else READ_MAX  # small chunks
-                self.transport.max_size = most  # type: ignore[attr-defined]
                 self.transport.resume_reading()
                 if self._reader.wants_continue:
                     self._reader.wants_continue = False
@@ -1238,7 +1233,7 @@ class HTTPConnection(asyncio.Protocol):
             self.transport.write(self._head(response.head))
             self.connection_lost(None)  # for this side of it
             response.peer = self.peer
-            self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
+            self.transport.max_size = READ_SMALL  # type: ignore[attr-defined]
             self.transport.set_protocol(response)
             self.transport.resume_reading()  # which a pipeline may have paused
             response.connection_made(self.transport)
@@ -1260,7 +1255,7 @@ class HTTPConnection(asyncio.Protocol):
             self._close()
         elif self._ended or not self._reader.empty or not self.transport.is_reading():
             self.transport.pause_reading()  # others have their turn before its next request
-            asyncio.get_running_loop().call_soon(self._advance)
+            self._daemon.later(self._advance)
 
     def _close(self) -> None:
         # To close a socket with bytes unread would reset it, and lose the answer: where more may
@@ -1700,13 +1695,24 @@ class Daemon:
         self._router = Router(self)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if settings.tls_cert_file else None
         self._load_certificate()
-        self._stop = asyncio.Event()
+        self._stop, self._steps = asyncio.Event(), deque[Callable[[], None]]()
 
-    def refused(self, peer: str, operation: str, refusal: Refusal) -> None:
+    def refused(self, peer: str, op: str, refusal: Refusal) -> None:
         """Count a refusal, and log it in the one stable form that other programs may read."""
         self.counts["refusals"][f'{{reason="{refusal.code}"}}'] += 1
-        why, detail = refusal.code, refusal.detail
-        log.info('refused peer=%s op=%s why=%s detail="%s"', peer, operation, why, detail)
+        log.info('refused peer=%s op=%s why=%s detail="%s"', peer, op, refusal.code, refusal.detail)
+
+    def later(self, step: Callable[[], None]) -> None:
+        """Run `step` behind those that wait, one in a turn of the loop: others go between them."""
+        if not self._steps:
+            self.hub.call_soon(self._step)
+        self._steps.append(step)
+
+    def _step(self) -> None:
+        step = self._steps.popleft()
+        if self._steps:
+            self.hub.call_soon(self._step)
+        step()
 
     def _load_certificate(self) -> None:
         cert, key = cast(str, self.settings.tls_cert_file), self.settings.tls_key_file
@@ -1722,11 +1728,6 @@ class Daemon:
     def connected(self) -> int:
         """How many are open, of whatever kind."""
         return len(self.clients) + len(self.beats)
-
-    @property
-    def connections(self) -> list[HTTPConnection | Subscriber]:
-        """All of them."""
-        return [*self.clients, *self.beats]
 
     async def run(self, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
         """Serve until stop() is called; call `listening` with the URLs. Raises CommandError."""
@@ -1757,8 +1758,8 @@ class Daemon:
 
     def stop(self) -> None:
         """Begin to drain; called once more, cut whoever is left."""
-        for connection in self.connections if self._stop.is_set() else ():
-            connection.transport.abort()
+        for one in set[Any]().union(self.clients, self.beats) if self._stop.is_set() else ():
+            one.transport.abort()
         self._stop.set()
 
     def reload(self) -> None:
@@ -1826,7 +1827,7 @@ class Daemon:
             server.close(close_connections=False)  # the listening sockets, at once
         await asyncio.sleep(0.02)  # until it did, and who was taken just before is known
         share = math.ceil(len(subscribers) / max(1, self.settings.stop_timeout / 2 / 0.02))
-        while self.connections and loop.time() < deadline:
+        while self.connected and loop.time() < deadline:
             for subscriber in subscribers[:share]:
                 subscriber.dismiss("stopping")
             del subscribers[:share]
