@@ -3400,7 +3400,7 @@ def test_heavy_work_is_done_a_step_in_a_turn(server):
 
 
 @pytest.mark.parametrize("kind", ["requests", "frames", "chunks"])
-def test_who_sends_much_waits_for_his_turn(kind, server):
+def test_who_sends_much_waits_for_his_turn(kind, server, monkeypatch):
     """I6: of those who send as fast as they can, each is served once in a while, all are."""
     steps, later = [], server.daemon.later
 
@@ -3408,7 +3408,7 @@ def test_who_sends_much_waits_for_his_turn(kind, server):
         steps.append(step.__self__)
         later(step)
 
-    server.daemon.later = counting
+    monkeypatch.setattr(server.daemon, "later", counting)
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(8)]
         for client in clients:
@@ -3429,7 +3429,7 @@ def test_who_sends_much_waits_for_his_turn(kind, server):
                 assert client.recv(2) == b"\x8a\0"
             else:
                 read_head(client)
-    assert len({id(one) for one in steps}) == 8 and len(steps) >= 16
+    assert len(set(steps)) == 8
 
 
 @pytest.mark.parametrize(
