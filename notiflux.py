@@ -91,8 +91,8 @@ HEAD_MAX = 16 * 1024  # bytes of a whole head, with its empty line
 HEADERS_MAX = 64
 HEADS_REMEMBERED = 128  # that were read without a fault, at most 2 MiB of them
 CHUNK_LINE_MAX = 256  # bytes of a chunk's size line; extensions are short where they exist
-READ_MAX = 8 * 1024  # bytes read at once, and worked on in a turn of their own, if these are
-READ_SMALL = 1024  # bytes or more; of frames, one of which may have 6 bytes, no more are read
+READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy for long
+FRAMES_READ_MAX = 1024  # the same once they are frames: an empty one has 6 bytes
 FRAMES_MAX = 5_000  # from one peer between two pings, or two for each of MAX_TOPICS
 ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
 LISTEN_QUEUE = 4096  # connections that wait in the kernel
@@ -102,6 +102,7 @@ READY_MAX = 64  # sockets that are looked at in one turn of the loop: some 20 ms
 TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # of a broadcast
 LINES_MAX = 100  # of one event in the log in a second; what is more is counted
 BEATS_MAX = 500  # subscribers who get a sign of life in one turn of the loop
+STEPS_S = 0.005  # in one turn of the loop, for what can wait: the next request of a pipeline
 SWEEP_S = 1.0  # between two looks at every connection's deadline
 
 log = logging.getLogger("notiflux")
@@ -668,7 +669,8 @@ class Subscriber(asyncio.Protocol):
     def __init__(self, daemon: Any, head: Any, *asked: Any) -> None:
         self._daemon, self._hub, self._settings = daemon, daemon.hub, daemon.settings
         self._loop = asyncio.get_running_loop()
-        self.head, self._asked = head, asked  # its answer; an event stream's topics and since
+        self.head, self.start = head, b""  # its answer, and the bytes of that
+        self._asked = asked  # an event stream's topics and since
         self.topics: set[str] = set()
         self.encode = Message.event_lines
         self.transport: asyncio.Transport
@@ -682,11 +684,11 @@ class Subscriber(asyncio.Protocol):
         self._why = "gone"  # what ended it: that, or one of GOODBYES
 
     def connection_made(self, transport: Any) -> None:
-        self.transport = transport
-        self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
-        self.deliver = transport.write
+        self.transport, self.deliver = transport, transport.write
         self._daemon.beats[self] = self._loop.time() + self._settings.ping_interval
-        if self._asked:
+        transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
+        transport.write(self.start)
+        if self._asked and self._abort is None:
             self._follow(*self._asked, topics=self._asked[0])
 
     def pause_writing(self) -> None:
@@ -856,8 +858,7 @@ class WebSocketSubscriber(Subscriber):
         if self._protocol.state is State.OPEN:
             self._why = why
             self._protocol.send_close(*GOODBYES[why])
-        self._send()
-        self._retire()
+        self._send()  # which retires it
 
     def tell(self, event: str, plain: str = "", **members: Any) -> None:
         if self._json_mode or plain:
@@ -870,7 +871,7 @@ class WebSocketSubscriber(Subscriber):
             self._drop("silent")
             self.transport.abort()
             return
-        self._unanswered += not self._paused  # or its pongs are not read
+        self._unanswered += self.transport.is_reading()  # or its pongs are not seen
         self._frames = 0
         if self._abort is None:
             self.transport.write(PING_FRAME)
@@ -1153,10 +1154,8 @@ class HTTPConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if not self._closing:
             self._reader.buffer += data
-            if self._owed or len(data) >= READ_SMALL:
+            if self._owed:
                 self.transport.pause_reading()
-            if len(data) >= READ_SMALL:
-                self._daemon.later(self._advance)
             else:
                 self._advance()
 
@@ -1188,11 +1187,12 @@ class HTTPConnection(asyncio.Protocol):
             new = doing == "idle" and self._reader.head is None  # which has to say something
             self._state, self._deadline = state, now + TIMEOUTS_S["head" if new else doing]
         late = now >= self._deadline
-        if doing == "idle" and (late or self._router.stopping) and not self._owed:
-            self._close()
+        if doing == "idle":
+            if (late or self._router.stopping) and self._reader.empty and not self._owed:
+                self._close()
         elif late and doing in ("write", "linger"):
             self.transport.abort()
-        elif late and doing != "idle":
+        elif late:
             self._refuse(Refusal(408, f"the {doing} took too long"))
 
     def answer(self, response: Response) -> None:
@@ -1211,6 +1211,9 @@ class HTTPConnection(asyncio.Protocol):
                 refuse_if(not self._reader.empty, 400, "the request ended early")
                 self._close()
             else:
+                head = self._reader.head
+                most = READ_MAX // 16 if head and head.length is None else READ_MAX  # small chunks
+                self.transport.max_size = most  # type: ignore[attr-defined]
                 self.transport.resume_reading()
                 if self._reader.wants_continue:
                     self._reader.wants_continue = False
@@ -1230,10 +1233,9 @@ class HTTPConnection(asyncio.Protocol):
         elif response:  # a subscriber, which takes over
             early = not self._reader.empty and isinstance(response, WebSocketSubscriber)
             refuse_if(early, 400, "bytes behind a handshake without an answer yet")
-            self.transport.write(self._head(response.head))
+            response.peer, response.start = self.peer, self._head(response.head)
             self.connection_lost(None)  # for this side of it
-            response.peer = self.peer
-            self.transport.max_size = READ_SMALL  # type: ignore[attr-defined]
+            self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
             self.transport.set_protocol(response)
             self.transport.resume_reading()  # which a pipeline may have paused
             response.connection_made(self.transport)
@@ -1695,7 +1697,8 @@ class Daemon:
         self._router = Router(self)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if settings.tls_cert_file else None
         self._load_certificate()
-        self._stop, self._steps = asyncio.Event(), deque[Callable[[], None]]()
+        self._steps, self._stepping = OrderedDict[Callable[[], None], None](), False
+        self._stop = asyncio.Event()
 
     def refused(self, peer: str, op: str, refusal: Refusal) -> None:
         """Count a refusal, and log it in the one stable form that other programs may read."""
@@ -1703,16 +1706,21 @@ class Daemon:
         log.info('refused peer=%s op=%s why=%s detail="%s"', peer, op, refusal.code, refusal.detail)
 
     def later(self, step: Callable[[], None]) -> None:
-        """Run `step` behind those that wait, one in a turn of the loop: others go between them."""
-        if not self._steps:
+        """Run `step` once, behind those that wait; between some of them others have their turn."""
+        self._steps[step] = None
+        if not self._stepping:
+            self._stepping = True
             self.hub.call_soon(self._step)
-        self._steps.append(step)
 
     def _step(self) -> None:
-        step = self._steps.popleft()
-        if self._steps:
-            self.hub.call_soon(self._step)
-        step()
+        until_s = time.perf_counter() + STEPS_S
+        try:
+            while self._steps and time.perf_counter() < until_s:
+                self._steps.popitem(last=False)[0]()
+        finally:
+            self._stepping = bool(self._steps)
+            if self._steps:
+                self.hub.call_soon(self._step)
 
     def _load_certificate(self) -> None:
         cert, key = cast(str, self.settings.tls_cert_file), self.settings.tls_key_file
@@ -1758,7 +1766,8 @@ class Daemon:
 
     def stop(self) -> None:
         """Begin to drain; called once more, cut whoever is left."""
-        for one in set[Any]().union(self.clients, self.beats) if self._stop.is_set() else ():
+        everyone: list[Any] = [*self.clients, *self.beats]
+        for one in everyone if self._stop.is_set() else ():
             one.transport.abort()
         self._stop.set()
 
@@ -1858,12 +1867,10 @@ def _new_keys() -> tuple[bytes, bytes]:
 
 
 def _private_key(path: str) -> ec.EllipticCurvePrivateKey:
-    try:
+    with contextlib.suppress(ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
         key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
         if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
             return key
-    except (ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
-        pass
     raise CommandError(f"{path}: expected an EC P-256 private key in PEM")
 
 

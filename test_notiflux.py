@@ -2886,22 +2886,27 @@ def test_pipelined_requests_are_all_answered_by_a_slow_reader(server):
 
 
 def test_a_pipeline_lets_others_have_their_turn(server):
-    """I6: of many requests that are read at once, one is answered in a turn of the loop."""
+    """I6: of many requests that are read at once, a turn of the loop answers few."""
     turns, answered = [], []
 
     def look():
         turns.append(len(answered))
-        if len(answered) < 300:
+        if len(answered) < 60:
             server.loop.call_soon(look)
 
+    def answer(*both):
+        time.sleep(notiflux.STEPS_S)
+        answered.append(1)
+        return process(*both)
+
     process = server.daemon._router.process_request
-    server.daemon._router.process_request = lambda *both: (answered.append(1), process(*both))[1]
+    server.daemon._router.process_request = answer
     try:
         with server.connect() as client:
             server.call(look)
-            client.sendall(get() * 300)
+            client.sendall(get() * 60)
             client.shutdown(socket.SHUT_WR)
-            assert len(parse_answers(receive_all(client))) == 300
+            assert len(parse_answers(receive_all(client))) == 60
     finally:
         del server.daemon._router.process_request
     assert max(b - a for a, b in zip(turns, turns[1:], strict=False)) <= 2
@@ -3382,24 +3387,101 @@ def test_a_flood_of_frames_is_ended(start, lines):
             assert client.recv(2) == b"\x8a\0"
 
 
-def test_heavy_work_is_done_a_step_in_a_turn(server):
-    """I6: what may take long goes one by one, and others have their turn between."""
+def test_what_can_wait_takes_a_part_of_each_turn(server):
+    """I6: steps go in order, each once however often it was asked for, others go between."""
     done = []
 
+    def step(number):
+        time.sleep(notiflux.STEPS_S)
+        done.append(number)
+        if number < 2:
+            server.daemon.later(steps[number + 2])
+
+    steps = [lambda number=number: step(number) for number in range(4)]
+
     async def count_by_turn():
-        for number in range(3):
-            server.daemon.later(lambda number=number: done.append(number))
+        for one in steps[:2] * 2:
+            server.daemon.later(one)
         counts = []
-        while len(counts) < 4:
+        while len(counts) < 5:
             await asyncio.sleep(0)
             counts.append(len(done))
         return counts
 
     turns = asyncio.run_coroutine_threadsafe(count_by_turn(), server.loop)
-    assert turns.result(WAIT_S) == [1, 2, 3, 3] and done == [0, 1, 2]
+    assert turns.result(WAIT_S) == [1, 2, 3, 4, 4] and done == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("kind", ["requests", "frames", "chunks"])
+def test_a_step_that_fails_leaves_the_others_to_be_done(server, caplog):
+    """I3 for our own faults: the queue goes on behind one that raised."""
+    done = threading.Event()
+
+    def queue():
+        server.daemon.later(lambda: 1 / 0)
+        server.daemon.later(done.set)
+
+    server.call(queue)
+    assert done.wait(WAIT_S)
+    assert "ZeroDivisionError" in caplog.text
+    caplog.clear()
+
+
+def test_a_stop_answers_the_requests_that_wait_for_their_turn(start):
+    """P01, I1: what was read is answered, if only with 503."""
+    server = start()
+
+    def queue():
+        for _ in range(25):
+            server.daemon.later(lambda: time.sleep(0.02))
+
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(20)]
+        wait_for(lambda: len(everyone(server.daemon)) == 20)
+        server.call(queue)
+        for client in clients:
+            client.sendall(get("/nowhere") + post(broadcast_body()))
+        heads = [read_head(client) for client in clients]
+        server.loop.call_soon_threadsafe(server.daemon.stop)
+        answers = [receive_all(client) for client in clients]
+    assert {head[:12] for head in heads} == {b"HTTP/1.1 404"}
+    assert [answer.count(b"HTTP/1.1 503") for answer in answers] == [1] * 20
+
+
+@pytest.mark.parametrize("kind", ["event stream", "socket"])
+def test_who_turns_into_a_subscriber_with_much_unsent_is_watched(kind, start, lines):
+    """I5, W12: also where its own answer is what the transport is full of."""
+    server = start(MAX_BUFFER_BYTES="1048576")
+    with server.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wait_for(lambda: everyone(server.daemon))
+        (connection,) = everyone(server.daemon)
+
+        def fill():
+            unsent = connection.transport.get_write_buffer_size()
+            while unsent < 65_500:
+                connection.transport.write(b"x" * min(4096, 65_500 - unsent))
+                unsent = connection.transport.get_write_buffer_size()
+
+        for _ in range(10):
+            server.call(fill)
+            time.sleep(0.01)
+        assert not connection._paused
+        client.sendall(STREAM_HEAD if kind == "event stream" else handshake())
+        wait_for(lambda: server.daemon.beats)
+        if kind == "socket":
+            command = f"/subscribe news {make_token(topics=['news'])}"
+            client.sendall(client_frame(command.encode()))
+        wait_for(lambda: server.daemon.hub.topics)
+        server.call(fill)
+        for _ in range(15):
+            assert b'"delivered": 1' in server.publish(message="x" * 60_000).body
+        for _ in range(5):
+            server.publish(message="x" * 60_000)
+        assert not server.daemon.hub.topics
+        assert [line for line in lines() if "why=slow" in line]
+
+
+@pytest.mark.parametrize("kind", ["requests", "frames"])
 def test_who_sends_much_waits_for_his_turn(kind, server, monkeypatch):
     """I6: of those who send as fast as they can, each is served once in a while, all are."""
     steps, later = [], server.daemon.later
@@ -3418,16 +3500,10 @@ def test_who_sends_much_waits_for_his_turn(kind, server, monkeypatch):
                 client.sendall(
                     client_frame(b"/unsubscribe a") * 200 + client_frame(b"", Opcode.PING)
                 )
-            elif kind == "requests":
-                client.sendall(get("/nowhere") * 20 + get("/health", "Connection: close"))
             else:
-                head = "POST /broadcast HTTP/1.1", "Host: a", "Transfer-Encoding: chunked"
-                chunks = b"1\r\n \r\n" * 1000
-                client.sendall("\r\n".join([*head, "", ""]).encode() + chunks)
+                client.sendall(get("/nowhere") * 20 + get("/health", "Connection: close"))
         wait_for(lambda: len(set(steps)) == 8)
         for client in clients:
-            if kind == "chunks":
-                client.sendall(b"0\r\n\r\n")
             if kind == "frames":
                 assert client.recv(2) == b"\x8a\0"
             else:
