@@ -1553,7 +1553,6 @@ def test_a_message_is_never_taken_for_an_event(server):
         ("chat, notiflux.v1", True),
         ("chat,notiflux.v1 ", True),
         ("chat,\tnotiflux.v1", True),
-        ("NOTIFLUX.V1", False),
         ("chat", False),
     ],
 )
@@ -2304,22 +2303,73 @@ BAD_QUERIES = [
 ]
 
 
+@pytest.mark.parametrize("path", ["/sse", "/messages"])
 @pytest.mark.parametrize(("name", "query", "headers", "status"), BAD_QUERIES)
-def test_a_bad_query_is_refused(name, query, headers, status, start):
+def test_a_bad_query_is_refused(path, name, query, headers, status, start):
     """A query says which topics and from where, and nothing else."""
     server = start(MAX_TOPICS="500")
     bearer = f"Authorization: Bearer {make_token(topics=['a', 'b'])}"
-    (answer,) = server.ask(get(f"/sse?{query}", bearer, *headers))
+    (answer,) = server.ask(get(f"{path}?{query}", bearer, *headers))
     assert answer.status == status
 
 
-def test_a_query_needs_a_token_to_subscribe(server):
+@pytest.mark.parametrize("path", ["/sse", "/messages"])
+def test_a_query_needs_a_token_to_subscribe(path, server):
     """401 without a token or with a bad one, 403 with a publisher's."""
     publisher = f"Authorization: Bearer {make_token(topics=['a'], scope='broadcast')}"
-    requests = [get("/sse?topic=a", *headers) for headers in ([], ["Authorization: Bearer x"])]
-    answers = server.ask(*requests, get("/sse?topic=a", publisher))
+    requests = [get(f"{path}?topic=a", *headers) for headers in ([], ["Authorization: Bearer x"])]
+    answers = server.ask(*requests, get(f"{path}?topic=a", publisher))
     assert [answer.status for answer in answers] == [401, 401, 403]
     assert answers[0].headers["www-authenticate"] == "Bearer"
+
+
+def ask_messages(server, query, method="GET"):
+    bearer = f"Authorization: Bearer {make_token(topics=['a', 'b'])}"
+    (answer,) = server.ask(get(f"/messages?{query}", bearer, method=method), methods=[method])
+    return answer
+
+
+def test_messages_can_be_polled(start):
+    """What history holds of some topics, after an id; HEAD says how much that would be."""
+    server = start()
+    sent = publish_to(server, "abba")
+    for since, expected, recovered in [
+        ("", sent, False),
+        ("&since=all", sent, False),
+        ("&since=latest", sent[2:], False),
+        (f"&since={sent[1][0]}", sent[2:], True),
+        (f"&since={sent[3][0]}", [], True),
+        ("&since=0a-1", sent, False),
+    ]:
+        answer = ask_messages(server, f"topic=a&topic=b{since}")
+        body = json.loads(answer.body)
+        assert answer.headers["content-type"] == "application/json"
+        assert (body["id"], body["recovered"]) == (sent[3][0], recovered)
+        assert [(m["id"], m["topic"], m["message"]) for m in body["messages"]] == expected
+        assert all(set(m) == {"topic", "id", "time", "message"} for m in body["messages"])
+    head = ask_messages(server, "topic=a&topic=b&since=0a-1", "HEAD")
+    assert head.headers["content-length"] == answer.headers["content-length"] and not head.body
+    assert [m["topic"] for m in json.loads(ask_messages(server, "topic=b").body)["messages"]] == [
+        "b",
+        "b",
+    ]
+
+
+def test_a_poll_gets_no_more_than_the_buffer_takes(start):
+    """A large history comes in parts: `id` says where to go on, and nothing is left out."""
+    server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    token = make_token(scope="broadcast", topics=["a"])
+    for number in range(10):
+        server.publish(topic="a", message=f"{number}{'x' * 40_000}", token=token)
+    server.publish(topic="a", message="x" * 95_000, token=token)
+    since, sizes, seen = "all", [], []
+    while not sizes or sizes[-1]:
+        body = json.loads(ask_messages(server, f"topic=a&since={since}").body)
+        assert body["recovered"] is (since != "all")
+        seen += [message["message"][0] for message in body["messages"]]
+        sizes.append(len(body["messages"]))
+        since = body["id"]
+    assert sizes == [2, 2, 2, 2, 2, 1, 0] and "".join(seen) == "0123456789x"
 
 
 # --- HTTP: the reader ---
