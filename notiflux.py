@@ -1669,8 +1669,7 @@ class Loop(asyncio.SelectorEventLoop):
                     self._make_socket_transport(client, factory())  # type: ignore[attr-defined]
                 return
         # One, since each that fails would put off all for a second, and say so, on its own.
-        rest = *rest[:2], 1, *rest[3:]
-        super()._accept_connection(factory, sock, *rest)  # type: ignore[misc]
+        super()._accept_connection(factory, sock, *rest[:2], 1, *rest[3:])  # type: ignore[misc]
 
 
 class Daemon:
@@ -1790,6 +1789,7 @@ class Daemon:
         how: Any = {"handler": None, "process_request": self._router.process_request}
         how |= {"create_connection": lambda *_, **__: HTTPConnection(self, self._router)}
         how |= {"backlog": LISTEN_QUEUE, "ssl": self._tls}
+        how |= {"ssl_handshake_timeout": self._tls and TIMEOUTS_S["head"]}
         where = where or [{"host": settings.host, "port": settings.port}]
         servers = [await websockets.asyncio.server.serve(**each, **how) for each in where]
         if "path" in where[0]:

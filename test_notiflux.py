@@ -3263,6 +3263,19 @@ def test_keys_are_read_again(start, tmp_path, lines):
     assert [line for line in lines() if "the old keys stay" in line and line.startswith("<3>")]
 
 
+def test_a_tls_handshake_has_no_more_time_than_a_head(start, tmp_path, monkeypatch, lines):
+    """H30: one who connects and says nothing, or no TLS, is gone, and nothing is logged."""
+    monkeypatch.setitem(notiflux.TIMEOUTS_S, "head", 0.2)
+    (tmp_path / "cert.pem").write_bytes(certificate())
+    (tmp_path / "key.pem").write_bytes(private_pem(KEY))
+    server = start(TLS_CERT_FILE=f"{tmp_path}/cert.pem", TLS_KEY_FILE=f"{tmp_path}/key.pem")
+    for said in (b"", get(), b"\x16\x03\x01\2\0\1"):
+        with server.connect() as client:
+            client.sendall(said)
+            assert receive_all(client)[:1] in (b"", b"\x15")  # an alert
+    assert not [line for line in lines() if not line.startswith(("<6>", "<7>"))]
+
+
 def test_tls_is_served_with_a_certificate(start, tmp_path):
     """TLS_CERT_FILE and TLS_KEY_FILE make it https and wss; broadcast, subscribe and 413 work."""
     (tmp_path / "cert.pem").write_bytes(certificate())
@@ -3572,7 +3585,7 @@ def test_who_sends_much_waits_for_his_turn(kind, server, monkeypatch):
         ("a good one for another topic", {"topic": "other"}, False, 403),
         (
             "others before it",
-            {"message": [{"token": "abcdefghi"}] * 8 + ["x" * 50_000]},
+            {"message": [{"token": "abcdefghi"}] * 20 + ["x" * 50_000]},
             False,
             200,
         ),
