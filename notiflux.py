@@ -703,12 +703,11 @@ class Subscriber(asyncio.Protocol):
         log.debug("disconnected peer=%s", self.peer)
 
     def _hold(self, frame: bytes) -> bool:
-        if self._replay is not None:
-            self._replay.append((self._hub.sending, frame))
-            self._behind += len(frame)
-            if self._behind > self._settings.max_buffer_bytes:
-                self._drop("slow")
-        return self._replay is not None
+        cast(deque[Any], self._replay).append((self._hub.sending, frame))
+        self._behind += len(frame)
+        if self._behind > self._settings.max_buffer_bytes:
+            self._drop("slow")
+        return self._abort is None
 
     def tell(self, event: str, **members: Any) -> None:
         """Queue an event."""
@@ -1809,10 +1808,9 @@ class Daemon:
             if ended := [topic for topic, at_s in subscriber.expiring.items() if at_s <= now_s]:
                 subscriber.end(ended)
         for subscriber in due[:BEATS_MAX]:
-            if subscriber in beats:
-                beats[subscriber] = now + self.settings.ping_interval
-                beats.move_to_end(subscriber)
-                subscriber.beat()
+            beats[subscriber] = now + self.settings.ping_interval
+            beats.move_to_end(subscriber)
+            subscriber.beat()
         if self.connected >= self.settings.max_connections:  # to make room
             for idle in [one for one in beats if not one.topics and one.since_s < now - 10]:
                 idle.dismiss("silent")

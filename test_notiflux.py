@@ -18,6 +18,7 @@ import asyncio
 import base64
 import contextlib
 import datetime
+import fcntl
 import gc
 import hmac
 import http.client
@@ -28,6 +29,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import select
 import selectors
 import shutil
@@ -1603,6 +1605,22 @@ def test_a_peer_that_answers_pings_stays(start):
     with server.subscriber("json", ["news"]) as client:
         assert [event(client)["event"] for _ in range(8)] == ["keepalive"] * 8
         assert json.loads(server.publish().body)["delivered"] == 1
+
+
+def test_nothing_is_sent_behind_a_close_frame(start, caplog):
+    """RFC 6455 section 5.5.1: no ping and no keepalive either, however long the client takes."""
+    server = start(PING_INTERVAL="0.1")
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        (subscriber,) = everyone(server.daemon)
+        client.sendall(client_frame("/x") * notiflux.COMMANDS_REFUSED_MAX)
+        while (frame := read_frame(client))[0] != Opcode.CLOSE:
+            assert frame[0] in (Opcode.TEXT, Opcode.PING)
+        due = server.daemon.beats[subscriber]
+        wait_for(lambda: server.daemon.beats[subscriber] > due + 0.15)
+        assert client.recv(1) == b""
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize("mode", ["plain", "json"])
@@ -4106,6 +4124,13 @@ def test_what_systemd_does_not_hand_over_is_not_served(name, count, pid, code):
         assert lines[0].startswith("notiflux: LISTEN_FDS: expected") and not rest
 
 
+def test_a_socket_that_does_not_listen_is_not_served():
+    """P20: what was handed over by mistake ends the start, and is not accepted on for ever."""
+    with socket.socket() as idle, activated(idle) as process:
+        _, log = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 78 and log.startswith("notiflux: LISTEN_FDS: expected")
+
+
 def test_the_last_line_has_its_priority_in_the_journal(tmp_path):
     """A start that fails is an error in the journal, too; elsewhere it is a plain line."""
     with open(tmp_path / "log", "w+") as file:
@@ -4744,8 +4769,18 @@ def test_a_log_that_cannot_be_written_stops_nothing(name, redirection):
 
 def test_a_log_that_nobody_reads_stops_nothing():
     """P10: a pipe that is full, as where journald hangs, does not hold up the daemon."""
-    with shell("", stderr=subprocess.PIPE) as (_, connect_to), connect_to() as client:
-        assert refusals(client, 3000) == 3000
+    end, full = os.pipe()
+    fcntl.fcntl(full, fcntl.F_SETPIPE_SZ, 4096)  # a page is the least; 30 lines
+    try:
+        with shell("", stderr=full) as (process, connect_to):
+            with connect_to() as client:
+                assert refusals(client, 3000) == 3000
+            assert not select.select([], [full], [], 0)[1]
+            process.terminate()
+            assert process.wait(WAIT_S) == 0
+    finally:
+        os.close(end)
+        os.close(full)
 
 
 @pytest.mark.parametrize("number", [signal.SIGPIPE, signal.SIGUSR1, signal.SIGUSR2])
@@ -6158,7 +6193,35 @@ def test_old_pythons_and_packages_are_told_so(tmp_path):
         assert done.returncode == 1 and words in done.stderr and "pip install" in done.stderr
     done = run("--version", WEBSOCKETS_MAX_LINE_LENGTH="abc")
     assert done.returncode == 1 and "abc" in done.stderr
-    assert "sys.version_info < (3, 11)" in SOURCE
+
+
+def test_an_old_python_is_told_so(monkeypatch):
+    """O08: nothing but the version is looked at before that, and the line says both."""
+    monkeypatch.setattr(sys, "version_info", (3, 10, 12))
+    with pytest.raises(SystemExit, match="needs Python 3.11 or newer, this is 3.10$"):
+        runpy.run_path(str(ROOT / "notiflux.py"))
+
+
+def test_an_interrupted_command_says_nothing(monkeypatch, capsys):
+    """Ctrl-C is no fault: no traceback, and the exit code that a shell gives it."""
+
+    def keygen_command(options):
+        """be interrupted"""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(notiflux, "keygen_command", keygen_command)
+    assert notiflux.main(["keygen"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_it_runs_where_there_is_no_epoll(monkeypatch):
+    """Where a selector has no poll that takes a bound, as select(2), it is left as it is."""
+    monkeypatch.setattr(selectors, "DefaultSelector", selectors.SelectSelector)
+    server = Server()
+    try:
+        assert server.publish().status == 200
+    finally:
+        server.stop()
 
 
 ROWS = (
