@@ -43,6 +43,7 @@ import threading
 import time
 import tracemalloc
 import types
+import urllib.error
 import weakref
 from collections import defaultdict
 from pathlib import Path
@@ -6135,6 +6136,23 @@ def test_readme_has_every_setting_and_command():
     listed = notiflux._parser().format_help()
     for command in ("dev", "keygen", "token", "check"):
         assert f"notiflux.py {command}" in readme and re.search(rf"\n    {command}\b", listed)
+
+
+def test_readmes_python_mints_and_broadcasts(server, tmp_path, monkeypatch):
+    """README's lines for a web application do what they say, the frameworks aside."""
+    (tmp_path / "private.pem").write_bytes(private_pem(KEY))
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    app = types.SimpleNamespace(get=lambda path: lambda view: view)
+    view = {"app": app, "request": types.SimpleNamespace(args={"topic": "news"})}
+    exec(code.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}"), view)
+    with server.subscriber() as client:
+        client.send(f"/subscribe news {view['token']()}")
+        settle(client)
+        view["broadcast"]("news", "from a view")
+        assert client.recv(timeout=WAIT_S) == "from a view"
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            view["broadcast"]("", "nowhere")
 
 
 def test_readmes_test_command_is_what_ci_runs():
