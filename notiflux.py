@@ -293,8 +293,7 @@ def load_keys(settings: Settings) -> tuple[PublicKey, ...]:
     encoded, path = settings.jwt_public_key_b64 or "", settings.jwt_public_key_file or ""
     if bool(encoded) == bool(path):
         how = "'notiflux.py keygen' makes a key, 'notiflux.py dev' runs without"
-        names = "JWT_PUBLIC_KEY_B64, JWT_PUBLIC_KEY_FILE"
-        raise SettingsError(f"{names}: expected exactly one of them; {how}")
+        raise SettingsError(f"JWT_PUBLIC_KEY_B64, JWT_PUBLIC_KEY_FILE: expected exactly one; {how}")
     try:
         in_b64 = "".join(encoded.split())
         pem = Path(path).read_bytes() if path else base64.b64decode(in_b64, validate=True)
@@ -814,12 +813,15 @@ class WebSocketSubscriber(Subscriber):
 
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
-        self._protocol.receive_data(data)
-        events = cast(list[Frame], self._protocol.events_received())
-        if len(events) > 3:  # and others wait
+        if len(data) < FRAMES_READ_MAX // 4:
+            self._read(data)
+        else:
             self.transport.pause_reading()
-            self._daemon.later(self._go_on)
-        for event in events:
+            self._daemon.later(functools.partial(self._read, data))
+
+    def _read(self, data: bytes) -> None:
+        self._protocol.receive_data(data)
+        for event in cast(list[Frame], self._protocol.events_received()):
             self._frames += 1
             if self._frames > max(FRAMES_MAX, 2 * self._settings.max_topics):
                 self._drop("flood")
@@ -834,6 +836,7 @@ class WebSocketSubscriber(Subscriber):
             except UnicodeDecodeError:
                 self._protocol.fail(1007, "not UTF-8")
         self._send()
+        self._go_on()
 
     def _send(self) -> None:
         for data in self._protocol.data_to_send():
@@ -864,12 +867,11 @@ class WebSocketSubscriber(Subscriber):
         if self._unanswered >= 2:
             self._drop("silent")
             self.transport.abort()
-            return
-        self._unanswered += self.transport.is_reading()  # or its pongs are not seen
-        self._frames = 0
-        if self._abort is None:
+        elif self._abort is None:
             self.transport.write(PING_FRAME)
             self.tell("keepalive")
+        self._unanswered += self.transport.is_reading()  # or its pongs are not seen
+        self._frames = 0
 
     def end(self, topics: list[str]) -> None:
         self._forget(topics)

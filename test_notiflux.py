@@ -2981,6 +2981,34 @@ def test_a_pipeline_lets_others_have_their_turn(server):
     assert max(b - a for a, b in zip(turns, turns[1:], strict=False)) <= 2
 
 
+def test_a_crowd_that_floods_lets_others_have_their_turn(server, monkeypatch):
+    """I6, W11: of frames that many send at once, a turn of the loop reads few."""
+    turns, done = [], []
+    read = notiflux.WebSocketSubscriber._read
+
+    def slowly(self, data):
+        time.sleep(notiflux.STEPS_S)
+        done.append(len(data))
+        read(self, data)
+
+    def look():
+        turns.append(len(done))
+        if sum(done) < 8 * 10240:
+            server.loop.call_soon(look)
+
+    monkeypatch.setattr(notiflux.WebSocketSubscriber, "_read", slowly)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(8)]
+        for client in clients:
+            client.sendall(handshake())
+            read_head(client)
+        server.call(look)
+        for client in clients:
+            client.sendall(client_frame(b"xx") * 1280)
+        wait_for(lambda: sum(done) == 8 * 10240)
+    assert max(b - a for a, b in zip(turns, turns[1:], strict=False)) <= 4
+
+
 def test_heads_that_are_begun_again_and_again_are_no_slow_head(start, monkeypatch):
     """A client whose next head has begun whenever one looks is not one that takes too long."""
     monkeypatch.setitem(notiflux.TIMEOUTS_S, "head", 0.5)
@@ -3569,7 +3597,7 @@ def test_who_sends_much_waits_for_his_turn(kind, server, monkeypatch):
     steps, later = [], server.daemon.later
 
     def counting(step):
-        steps.append(step.__self__)
+        steps.append(getattr(step, "func", step).__self__)
         later(step)
 
     monkeypatch.setattr(server.daemon, "later", counting)
