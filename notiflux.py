@@ -82,8 +82,8 @@ MESSAGE_OVERHEAD = 700  # bytes it takes to hold a message, beside its text and 
 REPLAY_PIECE = 16 * 1024  # bytes of a replay that may be unsent, or are sent in one turn
 BATCH_MAX = 64 * 1024  # bytes of messages that leave in one write, about
 GROWING_TURNS_MAX = 8  # turns of the loop that a batch may grow in before it leaves
-TURN_BYTES = 8 * 1024 * 1024  # of frames that are written in one turn of the loop, where a
-DELIVERY_BYTES = 4 * 1024  # write counts as so many more: some 20 ms of either
+TURN_BYTES = 8 * 1024 * 1024  # of frames that are written in one turn of the loop: some 20 ms
+DELIVERY_BYTES = 4 * 1024  # that each write counts as besides, since short ones take time, too
 COMMAND_MAX = 16 * 1024  # bytes of a command: a token, a topic and room to spare
 COMMANDS_REFUSED_MAX = 16
 LINE_MAX = 8 * 1024  # bytes of the request line, and of one header line, without CRLF
@@ -732,7 +732,7 @@ class Subscriber(asyncio.Protocol):
     def _follow(self, topics: Sequence[str], claims: Claims, since: str, /, **about: Any) -> None:
         """Subscribe, and replay what came after `since`: one stream with what comes live."""
         messages, recovered = self._hub.history.since(topics, since) if since else ([], False)
-        self._forget(topics if since else ())  # another replay of them is not wanted any more
+        self._leave(topics if since else ())  # another replay of them is not wanted any more
         for topic in topics:
             self._hub.subscribe(self, topic)
             self.expiring.pop(topic, None)
@@ -767,7 +767,7 @@ class Subscriber(asyncio.Protocol):
         self._replay, self.deliver = None, self.transport.write
         self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
 
-    def _forget(self, topics: Sequence[str]) -> None:
+    def _leave(self, topics: Sequence[str]) -> None:
         for topic in topics:
             self._hub.unsubscribe(self, topic)
             self.expiring.pop(topic, None)
@@ -786,7 +786,7 @@ class Subscriber(asyncio.Protocol):
         """Leave every topic, obey nothing more, and see to it that the connection ends."""
         if self._abort is None:
             self._replay, self.deliver = None, lambda frame: False
-            self._forget(tuple(self.topics))
+            self._leave(tuple(self.topics))
             self._abort = self._loop.call_later(TIMEOUTS_S["close"], self.transport.abort)
         return self._abort
 
@@ -850,7 +850,7 @@ class WebSocketSubscriber(Subscriber):
             self._retire()
 
     def dismiss(self, why: str) -> None:
-        self._forget(tuple(self.topics))
+        self._leave(tuple(self.topics))
         if self._protocol.state is State.OPEN:
             self._why = why
             self._protocol.send_close(*GOODBYES[why])
@@ -873,7 +873,7 @@ class WebSocketSubscriber(Subscriber):
         self._frames = 0
 
     def end(self, topics: list[str]) -> None:
-        self._forget(topics)
+        self._leave(topics)
         for topic in topics:
             plain = f"Subscription to {topic} expired"
             self.tell("unsubscribed", plain, topics=[topic], error="token_expired")
@@ -887,7 +887,7 @@ class WebSocketSubscriber(Subscriber):
         elif command == "/subscribe" and rest:
             self._subscribe(*words)
         elif (command == "/unsubscribe" and rest) or text == "/unsubscribe-all":
-            self._forget(topics := [rest] if rest else sorted(self.topics))
+            self._leave(topics := [rest] if rest else sorted(self.topics))
             self.tell("unsubscribed", topics=topics)
         elif text.startswith("/"):
             self._refuse("command", Refusal(400, "Unknown command"))
@@ -919,7 +919,7 @@ class WebSocketSubscriber(Subscriber):
 
 # --- HTTP: bytes to requests, answers to bytes. Knows no topics and no tokens. ---
 
-HEAD_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z\r-]")  # TLS may have no line's end, ever
+HEAD_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z\r-]")  # a TLS hello may have no line end, ever
 REQUEST_LINE = re.compile(
     rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) "
     # RFC 3986's characters, no control characters behind a %, no fragment; RFC 9112 section 3.2
@@ -1480,8 +1480,8 @@ PREFLIGHT = {"Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS"}
 PREFLIGHT["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID"
 CORS = (("Access-Control-Allow-Origin", "*"), ("Vary", "Origin"))
 JSON = {"Content-Type": "application/json"}
-NO_STORE = {"Cache-Control": "no-store"}  # and "no", or nginx would gather events to send them on
-STREAM = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"} | NO_STORE
+NO_STORE = {"Cache-Control": "no-store"}
+STREAM = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"} | NO_STORE  # for nginx
 WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64: RFC 6455 section 4.1
 
 
