@@ -692,7 +692,7 @@ class Subscriber(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self._go_on()
+        self._daemon.later(self._go_on)  # in here a write that fails ends it twice (3.11 to 3.13)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del self._daemon.beats[self]
@@ -1164,7 +1164,7 @@ class HTTPConnection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._paused = False
         self.transport.resume_reading()
-        self._advance()
+        self._daemon.later(self._advance)  # as in Subscriber
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True

@@ -2954,6 +2954,37 @@ def test_pipelined_requests_are_all_answered_by_a_slow_reader(server):
     assert received.endswith(b'{"status": "ok"}\n')
 
 
+@pytest.mark.parametrize("kind", ["pipeline", "replay"])
+def test_a_client_that_goes_while_it_is_sent_more_goes_once(kind, start, caplog):
+    """I3: asyncio says that there is room, and what is written into it fails: no error is logged."""
+    server = start()
+    for _ in range(40):
+        server.publish(message="x" * 100_000)
+    with server.connect() as client:
+        wait_for(lambda: everyone(server.daemon))
+        (connection,) = everyone(server.daemon)
+        there = connection.transport.get_extra_info("socket")
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(STREAM_HEAD if kind == "replay" else get("/notiflux.js") * 100)
+        wait_for(lambda: everyone(server.daemon)[0]._paused)
+        (connection,) = everyone(server.daemon)
+        owner, name = (
+            (connection, "encode")
+            if kind == "replay"
+            else (server.daemon._router, "process_request")
+        )
+        before = getattr(owner, name)
+        setattr(owner, name, lambda *both: (there.shutdown(socket.SHUT_WR), before(*both))[1])
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1_000_000)  # all at once
+        receive_all(client)
+        wait_for(lambda: not everyone(server.daemon))
+        if kind == "pipeline":
+            setattr(owner, name, before)
+    assert server.publish().status == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_a_pipeline_lets_others_have_their_turn(server):
     """I6: of many requests that are read at once, a turn of the loop answers few."""
     turns, answered = [], []
