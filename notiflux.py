@@ -9,9 +9,8 @@
 HTTPConnection -> Router.process_request -> TokenVerifier -> Hub.broadcast -> deliver -> a socket.
 One process, one event loop, no threads, no locks. A 2xx means that the broadcast happened, exactly
 once; any other answer that it did not. Nothing is stored for good, no token, key or message text is
-logged. Without a command this runs the daemon. The rooms, each using only what stands above it:
-Errors, Settings, Tokens, Messages, Hub, Subscribers, HTTP, Browser, Observation, Routes, Daemon,
-Command line.
+logged. Without a command this runs the daemon. Its rooms use only those above: Errors, Settings,
+Tokens, Messages, Hub, Subscribers, HTTP, Browser, Observation, Routes, Daemon, Command line.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ try:
     from websockets.server import ServerProtocol
     from websockets.utils import accept_key
 
-    for _package, *_floor in ((websockets, 15, 0), (jwt, 2, 10), (cryptography, 43, 0)):
+    for _package, *_floor in ((websockets, 15, 0, 1), (jwt, 2, 10, 1), (cryptography, 43, 0, 0)):
         if [*map(int, re.findall(r"\d+", _package.__version__))] < _floor:
             raise ImportError(f"{_package.__name__} {_package.__version__} is too old")
     ES256: Any = jwt.get_algorithm_by_name("ES256")
@@ -798,7 +797,7 @@ class WebSocketSubscriber(Subscriber):
         super().__init__(daemon, head)
         self.encode = Message.json_frame if json_mode else Message.plain_frame
         self._json_mode = json_mode
-        self._protocol = ServerProtocol(state=State.OPEN, max_size=COMMAND_MAX)
+        self._protocol: Any = ServerProtocol(state=State.OPEN, max_size=COMMAND_MAX)
         self._is_text, self._received = False, b""  # what came of a command so far
         self._refused = self._unanswered = self._frames = 0  # commands; pings; since the last ping
 
@@ -808,7 +807,8 @@ class WebSocketSubscriber(Subscriber):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._protocol.parser.close()  # or the two, a cycle (15.0 to 17.4), would stay for a while
+        # Frames may still wait for it; the two, a cycle (15.0 to 17.4), would stay for a while.
+        self._protocol.parser = itertools.repeat(None)
 
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
@@ -820,7 +820,7 @@ class WebSocketSubscriber(Subscriber):
 
     def _read(self, data: bytes) -> None:
         self._protocol.receive_data(data)
-        for event in cast(list[Frame], self._protocol.events_received()):
+        for event in self._protocol.events_received():
             self._frames += 1
             if self._frames > max(FRAMES_MAX, 2 * self._settings.max_topics):
                 self._drop("flood")
