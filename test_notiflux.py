@@ -898,6 +898,20 @@ def test_a_flipped_bit_anywhere_makes_a_token_bad():
                     verifier.verify(bad)
 
 
+def test_a_token_may_be_as_long_as_the_bound_and_no_longer():
+    """T23: TOKEN_MAX characters are looked at, one or two more are not, however good they are."""
+    verifier = notiflux.TokenVerifier([KEY.public_key()])
+    tokens = (make_token(jti="x" * number) for number in range(5000, 7000))
+    tokens = {len(token): token for token in tokens if abs(len(token) - notiflux.TOKEN_MAX) <= 2}
+    assert min(tokens) <= notiflux.TOKEN_MAX < max(tokens)
+    for length, token in tokens.items():
+        if length <= notiflux.TOKEN_MAX:
+            verifier.verify(token)
+        else:
+            with pytest.raises(notiflux.Refusal, match="the token is malformed"):
+                verifier.verify(token)
+
+
 def test_a_remembered_token_is_still_checked_for_time():
     """A token that was good is refused once it has expired, remembered or not."""
     now = [1000.0]
@@ -1010,6 +1024,16 @@ def test_recovered_is_never_true_when_something_is_missing(seed, clock):
             check_history(history, size, most)
         history.expire(clock[0] + 10**7, 10**6)
         assert not history.held and not history._topics and history.bytes_held == 0
+
+
+def test_a_message_is_held_for_history_seconds_to_the_moment(clock):
+    """HISTORY_SECONDS after it was added a message is gone, and not before."""
+    history = notiflux.History(100, 30, 10**9)
+    history.add("news", b"x")
+    history.expire(clock[0] + 29.999, 10)
+    assert len(history.held) == 1
+    history.expire(clock[0] + 30, 10)
+    assert not history.held
 
 
 def check_history(history, size, most):
@@ -1573,6 +1597,15 @@ def handshake(*headers, target="/ws", version="13", key="dGhlIHNhbXBsZSBub25jZQ=
     return get(target, *lines, f"Sec-WebSocket-Key: {key}", *headers, method=method)
 
 
+def receive_some(client, end):
+    data = b""
+    while end not in data:
+        chunk = receive(client)
+        assert chunk, data
+        data += chunk
+    return data
+
+
 def read_head(client):
     data = b""
     while b"\r\n\r\n" not in data:
@@ -1606,6 +1639,19 @@ def test_a_peer_that_answers_pings_stays(start):
     with server.subscriber("json", ["news"]) as client:
         assert [event(client)["event"] for _ in range(8)] == ["keepalive"] * 8
         assert json.loads(server.publish().body)["delivered"] == 1
+
+
+def test_pings_come_to_each_when_they_are_due(start):
+    """Who connected in between is not made to wait for those who were there before."""
+    server = start(PING_INTERVAL="0.2")
+    with contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(server.subscriber())
+            time.sleep(0.05)
+        for _ in range(20):
+            due = server.call(lambda: list(server.daemon.beats.values()))
+            assert len(due) == 5 and due == sorted(due)
+            time.sleep(0.02)
 
 
 def test_nothing_is_sent_behind_a_close_frame(start, caplog):
@@ -1844,8 +1890,11 @@ def test_a_connection_that_is_reset_leaves_nothing(server):
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close()
     wait_for(lambda: json.loads(server.publish().body)["delivered"] == 10)
+    subscribers = everyone(server.daemon)
     for client in clients[10:]:
         client.close()
+    server.check_empty()
+    assert all(subscriber._abort.cancelled() for subscriber in subscribers)  # no timer either
 
 
 # --- Subscribers: resume ---
@@ -1976,6 +2025,55 @@ def test_a_pipeline_that_ends_in_a_broadcast_is_read_on(server):
             file.read(length[0])
         client.shutdown(socket.SHUT_WR)
         assert b"HTTP/1.1 200 " in file.read()
+
+
+def hold_deliveries(server):
+    """Return a function; until it is called, what the server is to deliver waits."""
+    waiting = []
+    server.call(setattr, server.daemon.hub, "call_soon", waiting.append)
+
+    def release():
+        server.call(setattr, server.daemon.hub, "call_soon", server.loop.call_soon)
+        for callback in waiting:
+            server.call(callback)
+
+    return release
+
+
+def test_what_comes_while_an_answer_is_owed_stays_in_the_kernel(start):
+    """H26, I5: nobody fills the memory behind a broadcast that is not delivered yet."""
+    server = start()
+    deliver = hold_deliveries(server)
+    with server.connect() as client:
+        client.sendall(post(BODY))
+        wait_for(lambda: everyone(server.daemon))
+        (connection,) = everyone(server.daemon)
+        wait_for(lambda: connection._owed)
+        client.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            client.sendall(get() * 1_000_000)
+        assert len(connection._reader.buffer) <= 2 * notiflux.READ_MAX
+        deliver()
+        client.settimeout(WAIT_S)
+        assert read_head(client).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_stop_waits_for_the_answer_that_is_owed(start):
+    """P01, I1: a broadcast that was taken is delivered and answered, and then the server ends."""
+    server = start()
+    deliver = hold_deliveries(server)
+    with server.connect() as client:
+        client.sendall(post(BODY))
+        wait_for(lambda: everyone(server.daemon) and everyone(server.daemon)[0]._owed)
+        looked = threading.Semaphore(0)
+        tick = server.daemon.hub.history.expire
+        server.daemon.hub.history.expire = lambda *a, **b: (tick(*a, **b), looked.release())
+        server.loop.call_soon_threadsafe(server.daemon.stop)
+        wait_for(lambda: server.daemon._router.stopping)
+        for _ in range(3):
+            assert looked.acquire(timeout=WAIT_S)
+        deliver()
+        assert receive_all(client).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_handshake_behind_a_request_in_one_segment_is_heard(server):
@@ -2431,6 +2529,11 @@ def test_a_poll_gets_no_more_than_the_buffer_takes(start):
         sizes.append(len(body["messages"]))
         since = body["id"]
     assert sizes == [2, 2, 2, 2, 2, 1, 0] and "".join(seen) == "0123456789x"
+    bearer = f"Authorization: Bearer {token}"
+    largest = b'{"topic":"a","message":"%s"}' % (b"x" * (100_000 - 26))
+    assert [one.status for one in server.ask(post(largest, bearer))] == [200]
+    (message,) = json.loads(ask_messages(server, f"topic=a&since={since}").body)["messages"]
+    assert message["message"] == "x" * (100_000 - 26)
 
 
 # --- HTTP: the reader ---
@@ -2852,6 +2955,18 @@ def test_100_continue_comes_before_the_body_is_sent(server):
         assert read_head(client) == b"HTTP/1.1 100 Continue\r\n\r\n"
         client.sendall(BODY)
         assert read_head(client).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_does_not_wait_gets_no_100(server):
+    """RFC 9110 section 10.1.1: its body came with the head, so there is nothing to go on with."""
+    request = post(BODY, "Expect: 100-continue")
+    for pieces in ([request * 2], [request[:-5], request[-5:], request]):
+        assert [answer.status for answer in server.ask(*pieces)] == [200, 200]
+    with server.connect() as client:
+        client.sendall(request)
+        read_head(client)
+        client.sendall(get())
+        assert b"HTTP/1.1 100" not in receive_some(client, b'{"status": "ok"}')
 
 
 def test_an_old_client_gets_no_100(server):
@@ -3661,6 +3776,29 @@ def test_a_stop_answers_the_requests_that_wait_for_their_turn(start):
     assert [answer.count(b"HTTP/1.1 503") for answer in answers] == [1] * 20
 
 
+def fill(transport):
+    """Write until nearly as much is unsent as pauses an HTTP connection."""
+    while (unsent := transport.get_write_buffer_size()) < 65_500:
+        transport.write(b"x" * min(4096, 65_500 - unsent))
+
+
+@pytest.mark.parametrize("kind", ["event stream", "socket"])
+def test_who_turns_into_a_subscriber_with_too_much_unsent_is_dropped(kind, start, lines):
+    """W12: with more than MAX_BUFFER_BYTES unsent it is slow from the start, and on no topic."""
+    server = start(MAX_BUFFER_BYTES="4096", MAX_MESSAGE_BYTES="1024")
+    with server.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        wait_for(lambda: everyone(server.daemon))
+        (connection,) = everyone(server.daemon)
+        for _ in range(10):
+            server.call(fill, connection.transport)
+            time.sleep(0.01)
+        assert not connection._paused
+        client.sendall(STREAM_HEAD if kind == "event stream" else handshake())
+        wait_for(lambda: [line for line in lines() if "why=slow" in line])
+        assert not server.call(lambda: list(server.daemon.hub.topics))
+
+
 @pytest.mark.parametrize("kind", ["event stream", "socket"])
 def test_who_turns_into_a_subscriber_with_much_unsent_is_watched(kind, start, lines):
     """I5, W12: also where its own answer is what the transport is full of."""
@@ -3670,14 +3808,8 @@ def test_who_turns_into_a_subscriber_with_much_unsent_is_watched(kind, start, li
         wait_for(lambda: everyone(server.daemon))
         (connection,) = everyone(server.daemon)
 
-        def fill():
-            unsent = connection.transport.get_write_buffer_size()
-            while unsent < 65_500:
-                connection.transport.write(b"x" * min(4096, 65_500 - unsent))
-                unsent = connection.transport.get_write_buffer_size()
-
         for _ in range(10):
-            server.call(fill)
+            server.call(fill, connection.transport)
             time.sleep(0.01)
         assert not connection._paused
         client.sendall(STREAM_HEAD if kind == "event stream" else handshake())
@@ -3686,7 +3818,7 @@ def test_who_turns_into_a_subscriber_with_much_unsent_is_watched(kind, start, li
             command = f"/subscribe news {make_token(topics=['news'])}"
             client.sendall(client_frame(command.encode()))
         wait_for(lambda: server.daemon.hub.topics)
-        server.call(fill)
+        server.call(fill, connection.transport)
         for _ in range(15):
             assert b'"delivered": 1' in server.publish(message="x" * 60_000).body
         for _ in range(5):
