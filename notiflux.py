@@ -69,7 +69,7 @@ try:
             raise ImportError(f"{_package.__name__} {_package.__version__} is too old")
     ES256: Any = jwt.get_algorithm_by_name("ES256")
 except (ImportError, ValueError) as exc:  # ValueError: websockets reads variables of its own
-    sys.exit(f"notiflux: cannot use a package it needs ({exc}); to install them: {INSTALL}")
+    sys.exit(f"notiflux: cannot use a package ({exc}); to run it with venv/bin/python: {INSTALL}")
 
 LEEWAY_S = 60  # how far clocks may drift apart before a token is refused
 TOKEN_MAX = 8 * 1024  # bytes of a token, before anything looks at it
