@@ -2224,6 +2224,25 @@ def test_a_flood_in_a_replay_is_not_read(start):
         assert connection._replay is None or len(connection._replay) <= 30
 
 
+def test_a_ping_at_a_time_in_a_replay_is_not_read(start):
+    """I5: nor does one that takes nothing and pings now and then."""
+    server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000", HISTORY_SIZE="1000")
+    for _ in range(100):
+        server.publish(message="x" * 90_000)
+    with server.connect() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(client_frame(f"/subscribe news {make_token()} all"))
+        connection = wait_for_one(server.daemon.hub.topics)
+        wait_for(lambda: connection._paused)
+        unsent = connection.transport.get_write_buffer_size()
+        for _ in range(20):
+            client.sendall(client_frame(b"x" * 125, Opcode.PING))
+            time.sleep(0.005)
+        assert connection._paused and connection.transport.get_write_buffer_size() <= unsent
+
+
 def test_one_that_stops_in_a_replay_is_dropped_when_it_is_behind(start, lines):
     """What waits behind a replay has the bound MAX_BUFFER_BYTES; then the subscriber is dropped."""
     server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
@@ -3742,6 +3761,28 @@ def test_a_step_that_fails_leaves_the_others_to_be_done(server, caplog):
     assert done.wait(WAIT_S)
     assert "ZeroDivisionError" in caplog.text
     caplog.clear()
+
+
+def test_a_stop_sends_subscribers_away_bit_by_bit(start, monkeypatch):
+    """P01: spread over half of STOP_TIMEOUT, so that they do not all come back at once."""
+    server = start(STOP_TIMEOUT="2")  # half of which has 50 steps of 20 ms
+    dismissed, sweep = [0], server.daemon._sweep
+    dismiss = notiflux.WebSocketSubscriber.dismiss
+
+    def count(subscriber, why):
+        dismissed[-1] += 1
+        dismiss(subscriber, why)
+
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(60)]
+        for client in clients:
+            client.sendall(handshake())
+            read_head(client)
+        monkeypatch.setattr(notiflux.WebSocketSubscriber, "dismiss", count)
+        monkeypatch.setattr(server.daemon, "_sweep", lambda: (sweep(), dismissed.append(0)))
+        server.loop.call_soon_threadsafe(server.daemon.stop)
+        assert {receive_all(client)[2:4] for client in clients} == {b"\x03\xf4"}  # 1012
+    assert max(dismissed) == 2 and sum(dismissed) == 60
 
 
 def test_a_stop_answers_the_requests_that_wait_for_their_turn(start):
@@ -6369,8 +6410,8 @@ def test_requirements_are_the_same_everywhere():
 
 def test_the_tree_is_what_the_design_says():
     """At the top level: the program, its tests, requirements, README and systemd."""
-    if not (ROOT / ".git").exists():
-        pytest.skip("no git checkout")
+    if not ((ROOT / ".git").exists() and shutil.which("git")):
+        pytest.skip("no git, or no checkout")
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     )
