@@ -481,12 +481,10 @@ class History:
 
     def expire(self, now_s: float, at_most: int) -> None:
         """Forget what is too old by the monotonic clock, up to `at_most` messages."""
-        while self.held and at_most > 0:
-            seq, message = next(iter(self.held.items()))
+        for seq, message in list(itertools.islice(self.held.items(), at_most)):
             if now_s - message.added_s < self._seconds:
                 return
             self._forget(seq)
-            at_most -= 1
 
     def _forget(self, seq: int) -> None:
         message = self.held.pop(seq)
@@ -798,7 +796,7 @@ class WebSocketSubscriber(Subscriber):
         self.encode = Message.json_frame if json_mode else Message.plain_frame
         self._json_mode = json_mode
         self._protocol: Any = ServerProtocol(state=State.OPEN, max_size=COMMAND_MAX)
-        self._is_text, self._received = False, b""  # what came of a command so far
+        self._unread, self._is_text, self._received = b"", False, b""  # frames; a command so far
         self._refused = self._unanswered = self._frames = 0  # commands; pings; since the last ping
 
     def connection_made(self, transport: Any) -> None:
@@ -812,13 +810,15 @@ class WebSocketSubscriber(Subscriber):
 
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
-        if len(data) < FRAMES_READ_MAX // 4:
-            self._read(data)
+        self._unread += data
+        if len(self._unread) < FRAMES_READ_MAX // 4:
+            self._read()
         else:
             self.transport.pause_reading()
-            self._daemon.later(functools.partial(self._read, data))
+            self._daemon.later(self._read)
 
-    def _read(self, data: bytes) -> None:
+    def _read(self) -> None:
+        data, self._unread = self._unread, b""
         self._protocol.receive_data(data)
         for event in self._protocol.events_received():
             self._frames += 1

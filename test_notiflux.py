@@ -1867,6 +1867,25 @@ def test_frames_that_wait_when_the_connection_goes_are_read_in_vain(server, line
     assert not [line for line in lines() if line.startswith("<3>")]
 
 
+def test_what_comes_behind_frames_that_wait_is_read_behind_them(server):
+    """A replay reads on between its pieces: what comes then does not overtake what waits."""
+    with server.connect() as client:
+        client.sendall(handshake("Sec-WebSocket-Protocol: notiflux.v1"))
+        read_head(client)
+        assert b'"open"' in read_frame(client)[1]
+        (subscriber,) = everyone(server.daemon)
+        data = client_frame("x" * 300) + client_frame(f"/subscribe news {make_token()}")
+
+        def go():
+            server.daemon.later(lambda: (subscriber._go_on(), time.sleep(2 * notiflux.STEPS_S)))
+            server.daemon.later(lambda: time.sleep(2 * notiflux.STEPS_S))
+            subscriber.data_received(data[:-50])
+            client.sendall(data[-50:])
+
+        server.call(go)
+        assert b'"subscribed"' in read_frame(client)[1]
+
+
 def test_a_connection_that_is_reset_leaves_nothing(server):
     """W16: reset in the middle of its topics, a connection is out of every table."""
     clients = []
@@ -3182,10 +3201,10 @@ def test_a_crowd_that_floods_lets_others_have_their_turn(server, monkeypatch):
     turns, done = [], []
     read = notiflux.WebSocketSubscriber._read
 
-    def slowly(self, data):
+    def slowly(self):
         time.sleep(notiflux.STEPS_S)
-        done.append(len(data))
-        read(self, data)
+        done.append(len(self._unread))
+        read(self)
 
     def look():
         turns.append(len(done))
