@@ -5539,7 +5539,8 @@ class Modelled:
 @pytest.mark.parametrize("resume", [False, True], ids=["live", "with resume"])
 def test_subscribers_over_sockets_agree_with_a_model(resume, start, seed, monkeypatch):
     """I8, I10, W17: random commands, however cut, among broadcasts, resets and closes."""
-    monkeypatch.setattr(notiflux, "REPLAY_PIECE", 2000)  # so that replays take many turns
+    for name, value in (("REPLAY_PIECE", 500), ("FRAMES_READ_MAX", 64), ("STEPS_S", 3e-6)):
+        monkeypatch.setattr(notiflux, name, value)  # so that all of it takes many turns
     chance, server = random.Random(seed), start(HISTORY_SIZE="10000", HISTORY_SECONDS="3600")
     token = make_token(topics=[*TOPICS_OF_MODEL, "the-end"])
     publishing = make_token(scope="broadcast", topics=[*TOPICS_OF_MODEL])
