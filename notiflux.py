@@ -155,7 +155,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(number: str) -> float:
-    if not math.isfinite(value := float(number)):  # nor is it read alike everywhere
+    if not math.isfinite(value := float(number)):  # readers differ: RFC 8259 section 6
         raise ValueError("not a number, or out of range")
     return value
 
@@ -333,13 +333,12 @@ class TokenVerifier:
 
     def __init__(self, keys: Iterable[PublicKey], clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._claims = functools.lru_cache(TOKENS_REMEMBERED)(self._decode)
         self.replace_keys(keys)
 
     def replace_keys(self, keys: Iterable[PublicKey]) -> None:
         """Trust these keys from now on, and no others."""
         self._keys = tuple(keys)
-        self._claims.cache_clear()
+        self._claims = functools.lru_cache(TOKENS_REMEMBERED)(self._decode)
 
     def authorize(self, token: str, scope: str, topics: Iterable[str]) -> Claims:
         """Return the claims of a token that grants `scope` on `topics`. Raises Refusal."""
@@ -354,10 +353,9 @@ class TokenVerifier:
     def verify(self, token: str) -> Claims:
         """Return the claims of a good token. Raises Refusal (401) with the check it fails."""
         claims, now = self._claims(token), self._clock()
-        if not claims.nbf - LEEWAY_S <= now < min(claims.exp + LEEWAY_S, claims.expire_at):
-            refuse_if(now >= claims.exp + LEEWAY_S, 401, "the token has expired")
-            refuse_if(now < claims.nbf - LEEWAY_S, 401, "the token is not valid yet")
-            raise Refusal(401, "the token's expire_at has passed")
+        refuse_if(now >= claims.exp + LEEWAY_S, 401, "the token has expired")
+        refuse_if(now < claims.nbf - LEEWAY_S, 401, "the token is not valid yet")
+        refuse_if(now >= claims.expire_at, 401, "the token's expire_at has passed")
         return claims
 
     def _decode(self, token: str) -> Claims:
@@ -377,10 +375,10 @@ class TokenVerifier:
         refuse_if(not good, 401, "the token's signature is of no key known here")
         refuse_if(not isinstance(payload, dict), 401, "the token is malformed")
         refuse_if("aud" in payload, 401, "the token is for another audience: it has a claim aud")
-        needed = "sub", "scope", "exp", "topics" if "topic_prefixes" not in payload else "sub"
+        needed = ["sub", "scope", "exp"] + ["topics"] * ("topic_prefixes" not in payload)
         for name, is_good in CLAIMS.items():
-            if not is_good(payload[name]) if name in payload else name in needed:
-                raise Refusal(401, f"the token's claim {name} is missing or wrong")
+            wrong = not is_good(payload[name]) if name in payload else name in needed
+            refuse_if(wrong, 401, f"the token's claim {name} is missing or wrong")
         get = payload.get
         grants = frozenset(get("topics", ())), tuple(get("topic_prefixes", ()))
         return Claims(get("scope"), *grants, get("exp"), get("nbf", 0), get("expire_at", math.inf))
@@ -399,7 +397,7 @@ def check_topics(topics: list[str], limit: int = 1) -> list[str]:
     for topic in topics:
         refuse_if(not 1 <= len(topic.encode()) <= TOPIC_MAX, 400, "a topic is 1 to 512 bytes long")
         refuse_if(CONTROL_CHARACTER.search(topic), 400, "a topic has no control characters")
-    return list(dict.fromkeys(topics)) if len(topics) > 1 else topics
+    return list(dict.fromkeys(topics))
 
 
 def text_frame(payload: bytes) -> bytes:
@@ -523,14 +521,13 @@ class Batch:
 
     def send(self, room: int) -> int:
         """Queue it to them, while there is room; return what is left of that."""
-        frames, encode, frame = dict[Any, bytes](), None, b""  # by what made them, each once
-        audience = self.audience  # which others may take subscribers from, between two turns
-        while audience and room > 0:
-            subscriber = audience.pop()
-            if subscriber.encode is not encode:
-                encode = subscriber.encode
-                frame = frames.get(encode) or b"".join(map(encode, self.messages))
-                frames[encode] = frame
+        frames = dict[Any, bytes]()  # by what made them, each once
+        while self.audience and room > 0:
+            subscriber = self.audience.pop()
+            frame = frames.get(subscriber.encode)
+            if frame is None:
+                frame = b"".join(map(subscriber.encode, self.messages))
+                frames[subscriber.encode] = frame
             self.delivered += subscriber.deliver(frame) is not False
             room -= len(frame) + DELIVERY_BYTES
         return room
@@ -630,7 +627,7 @@ class Hub:
 
 # --- Subscribers: a WebSocket with its commands, and an event stream. ---
 
-SUBPROTOCOL: Any = "notiflux.v1"
+SUBPROTOCOL = "notiflux.v1"
 GOODBYES = {  # why a subscriber is sent away: its close code (RFC 6455 section 7.4) and reason
     "expired": (1000, ""),
     "silent": (1001, ""),
@@ -656,11 +653,11 @@ class Subscriber(asyncio.Protocol):
     Dropped where more than MAX_BUFFER_BYTES are unsent; a replay goes out piece by piece.
     """
 
-    def __init__(self, daemon: Any, head: Any, *asked: Any) -> None:
+    def __init__(self, daemon: Any, peer: str, response: Any, *asked: Any) -> None:
         self._daemon, self._hub, self._settings = daemon, daemon.hub, daemon.settings
         self._loop = asyncio.get_running_loop()
-        self.head, self.start = head, b""  # its answer, and the bytes of that
-        self._asked = asked  # an event stream's topics and since
+        self.peer, self.response, self.start = peer, response, b""  # who; its answer; that in bytes
+        self._asked = asked  # an event stream's topics, claims and since
         self.topics: set[str] = set()
         self.encode = Message.event_lines
         self.transport: asyncio.Transport
@@ -670,7 +667,7 @@ class Subscriber(asyncio.Protocol):
         self._behind = 0  # bytes of the frames in it, which were not there at its start
         self._paused = False  # by the transport, until the peer has taken what is unsent
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
-        self.peer, self.since_s = "", self._loop.time()  # who it is, and since when
+        self.since_s = self._loop.time()  # when it came
         self._why = "gone"  # what ended it: that, or one of GOODBYES
 
     def connection_made(self, transport: Any) -> None:
@@ -789,10 +786,10 @@ class Subscriber(asyncio.Protocol):
 
 
 class WebSocketSubscriber(Subscriber):
-    """One WebSocket, whose handshake was answered with `head`: commands in, messages out."""
+    """One WebSocket, whose handshake is answered with `response`: commands in, messages out."""
 
-    def __init__(self, daemon: Any, head: Any, json_mode: bool) -> None:
-        super().__init__(daemon, head)
+    def __init__(self, daemon: Any, peer: str, response: Any, json_mode: bool) -> None:
+        super().__init__(daemon, peer, response)
         self.encode = Message.json_frame if json_mode else Message.plain_frame
         self._json_mode = json_mode
         self._protocol: Any = ServerProtocol(state=State.OPEN, max_size=COMMAND_MAX)
@@ -850,7 +847,6 @@ class WebSocketSubscriber(Subscriber):
             self._retire()
 
     def dismiss(self, why: str) -> None:
-        self._leave(tuple(self.topics))
         if self._protocol.state is State.OPEN:
             self._why = why
             self._protocol.send_close(*GOODBYES[why])
@@ -1020,8 +1016,8 @@ def _frame(head: Head) -> None:
     refuse_if(length != 0 and head.method in ("GET", "HEAD"), 400, "a body where none belongs")
     expected = set() if head.is_old else set(list_members(head.headers, "expect"))
     refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
-    codings = list_members(head.headers, "content-encoding")
-    refuse_if(set(codings) - {"identity"}, 415, "a compressed body")
+    encodings = list_members(head.headers, "content-encoding")
+    refuse_if(set(encodings) - {"identity"}, 415, "a compressed body")
     head.last = "close" in list_members(head.headers, "connection") or head.is_old
     head.length, head.expects, head.framed = length, bool(expected), True
 
@@ -1213,19 +1209,19 @@ class HTTPConnection(asyncio.Protocol):
         if trusted := self._daemon.settings.trusted_proxies:
             name = self.transport.get_extra_info("peername")
             self.peer = forwarded_for(name, request[0].headers["x-forwarded-for"], trusted)
-        response = self._router.process_request(self, request)
-        self._owed = response is None
-        if isinstance(response, Response):
-            self.answer(response)
-        elif response:  # a subscriber, which takes over
-            early = not self._reader.empty and isinstance(response, WebSocketSubscriber)
+        answer = self._router.process_request(self, request)
+        self._owed = answer is None
+        if isinstance(answer, Response):
+            self.answer(answer)
+        elif answer:  # a subscriber, which takes over
+            early = not self._reader.empty and isinstance(answer, WebSocketSubscriber)
             refuse_if(early, 400, "bytes behind a handshake without an answer yet")
-            response.peer, response.start = self.peer, self._head(response.head)
+            answer.start = self._head(answer.response)
             self.connection_lost(None)  # for this side of it
             self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
-            self.transport.set_protocol(response)
+            self.transport.set_protocol(answer)
             self.transport.resume_reading()  # which a pipeline may have paused
-            response.connection_made(self.transport)
+            answer.connection_made(self.transport)
 
     def _refuse(self, refusal: Refusal) -> None:
         self.answer(self._router.refuse(self, self._reader.head, refusal), True)
@@ -1503,10 +1499,11 @@ class Router:
 
     def process_request(self, connection: Any, request: Any) -> Any:
         """Return a Response, a subscriber that takes over the connection, or None for later."""
+        head, data = request
         try:
-            return self._route(request[0])(connection, request)
+            return self._route(head)(connection, head, data)
         except Refusal as refusal:
-            return self.refuse(connection, request[0], refusal)
+            return self.refuse(connection, head, refusal)
 
     def refuse(self, connection: Any, head: Head | None, refusal: Refusal) -> Response:
         """Return the answer that says no, and log it; `head` as far as it was read."""
@@ -1523,7 +1520,7 @@ class Router:
         if head.query and head.path not in ("/sse", "/messages"):
             answer = None
         if head.method == "OPTIONS" and (answer or head.path == "*"):
-            return lambda connection, request: self._respond(head, 204, b"", PREFLIGHT)
+            return lambda *_: self._respond(head, 204, b"", PREFLIGHT)
         if answer is None:
             raise Refusal(404, f"no such path, or no query for it: {' '.join(self._routes)}")
         if head.method not in methods:
@@ -1543,22 +1540,22 @@ class Router:
         origins = head.headers["origin"] if head else []
         return allowed is None or (len(origins) == 1 and origins[0].lower() in allowed)
 
-    def _page(self, connection: Any, request: Request) -> Response:
-        body, kind = PAGES[request[0].path]
+    def _page(self, connection: Any, head: Head, data: bytes) -> Response:
+        body, kind = PAGES[head.path]
         more = {"Content-Type": f"{kind}; charset=utf-8", "Content-Security-Policy": POLICY}
-        return self._respond(request[0], 200, body, more | {"Cache-Control": "no-cache"})
+        return self._respond(head, 200, body, more | {"Cache-Control": "no-cache"})
 
-    def _health(self, connection: Any, request: Request) -> Response:
+    def _health(self, connection: Any, head: Head, data: bytes) -> Response:
         status, word = (503, "stopping") if self.stopping else (200, "ok")
-        return self._respond(request[0], status, {"status": word}, NO_STORE)
+        return self._respond(head, status, {"status": word}, NO_STORE)
 
-    def _metrics(self, connection: Any, request: Request) -> Response:
+    def _metrics(self, connection: Any, head: Head, data: bytes) -> Response:
         more = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"} | NO_STORE
-        return self._respond(request[0], 200, exposition(self._daemon), more)
+        return self._respond(head, 200, exposition(self._daemon), more)
 
-    def _websocket(self, connection: Any, request: Request) -> WebSocketSubscriber:
+    def _websocket(self, connection: Any, head: Head, data: bytes) -> WebSocketSubscriber:
         """Return the subscriber that a good handshake makes (RFC 6455 section 4.2)."""
-        head, headers = request[0], request[0].headers
+        headers = head.headers
         upgrade = "upgrade" in list_members(headers, "connection") and not head.is_old
         if not upgrade or list_members(headers, "upgrade") != ["websocket"] or head.method != "GET":
             why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
@@ -1571,23 +1568,27 @@ class Router:
         more = {"Upgrade": "websocket", "Connection": "Upgrade"}
         more["Sec-WebSocket-Accept"] = accept_key(keys[0])
         more |= {"Sec-WebSocket-Protocol": SUBPROTOCOL} if json_mode else {}
-        return WebSocketSubscriber(self._daemon, Response(101, tuple(more.items())), json_mode)
+        response = Response(101, tuple(more.items()))
+        return WebSocketSubscriber(self._daemon, connection.peer, response, json_mode)
+
+    def _bearer_tokens(self, head: Head) -> list[str]:  # RFC 6750 section 2.1
+        values = head.headers["authorization"]
+        return [value[7:].strip(" ") for value in values if value[:7].lower() == "bearer "]
 
     def _recognize(self, head: Head, data: bytes) -> Any:
         """Raise Refusal unless there is some good token: others have to wait while it is parsed."""
-        found = [value[7:].strip(" ") for value in head.headers["authorization"]]
-        found = found or TOKEN_MEMBER.findall(data.decode("latin-1"))
+        found = self._bearer_tokens(head) or TOKEN_MEMBER.findall(data.decode("latin-1"))
         refuse_if(not found, 401, "no token in so large a body: send Authorization: Bearer")
         for token in found[:4] + found[-4:]:  # a message may have others, but on one side only
             with contextlib.suppress(Refusal):
                 return self._daemon.verifier.verify(token)
         return self._daemon.verifier.verify(found[0])  # which says why not
 
-    def _broadcast(self, connection: Any, request: Request) -> None:
-        if len(request[1]) > STRANGER_MAX:
-            self._recognize(*request)
+    def _broadcast(self, connection: Any, head: Head, data: bytes) -> None:
+        if len(data) > STRANGER_MAX:
+            self._recognize(head, data)
         try:
-            body = parse_json(request[1])
+            body = parse_json(data)
         except ValueError as exc:
             raise Refusal(400, "the body is not JSON") from exc
         refuse_if(not isinstance(body, dict), 400, "the body is not a JSON object")
@@ -1596,22 +1597,23 @@ class Router:
         refuse_if(not CLAIMS["topics"](topics), 400, "topic is a string, topics a list of strings")
         topics = check_topics(topics, limit=1000)
         refuse_if("message" not in body, 400, "message is missing")
-        self._authorize(request[0], body, "broadcast", topics)
+        self._authorize(head, body, "broadcast", topics)
 
         def done(message_id: str, delivered: int) -> None:
             content = f'{{"id": "{message_id}", "delivered": {delivered}}}\n'.encode()
-            connection.answer(self._respond(request[0], 200, content, JSON))
+            connection.answer(self._respond(head, 200, content, JSON))
 
         self._daemon.hub.broadcast(topics, body["message"], done)
 
-    def _event_stream(self, connection: Any, request: Request) -> Response | Subscriber:
-        head, query = request[0], self._query(request[0])
-        more = {"Connection": "close"} if head.method == "GET" else {}
-        start = self._respond(head, 200, b"", STREAM | more)
-        return Subscriber(self._daemon, start, *query) if more else start
+    def _event_stream(self, connection: Any, head: Head, data: bytes) -> Response | Subscriber:
+        query = self._query(head)
+        if head.method == "HEAD":
+            return self._respond(head, 200, b"", STREAM)
+        start = self._respond(head, 200, b"", STREAM | {"Connection": "close"})
+        return Subscriber(self._daemon, connection.peer, start, *query)
 
-    def _messages(self, connection: Any, request: Request) -> Response:
-        topics, _, since = self._query(request[0])
+    def _messages(self, connection: Any, head: Head, data: bytes) -> Response:
+        topics, _, since = self._query(head)
         history, room = self._daemon.hub.history, self._daemon.settings.max_buffer_bytes
         held, recovered = history.since(topics, since or "all")
         sizes = itertools.accumulate(message.size for message in held)
@@ -1619,7 +1621,7 @@ class Router:
         about = {"id": some[-1].id if some != held else history.position, "recovered": recovered}
         start = dump_json(about)[:-1]
         body = f'{start},"messages":[{",".join(f"{{{m.members}}}" for m in some)}]}}\n'.encode()
-        return self._respond(request[0], 200, body, JSON | NO_STORE)
+        return self._respond(head, 200, body, JSON | NO_STORE)
 
     def _query(self, head: Head) -> tuple[list[str], Claims, str]:
         try:
@@ -1635,9 +1637,8 @@ class Router:
         return topics, self._authorize(head, {}, "subscribe", topics), since
 
     def _authorize(self, head: Head, body: Any, scope: str, topics: list[str]) -> Any:
-        tokens = [body["token"]] if "token" in body else []
-        if headers := head.headers["authorization"]:
-            tokens += [value[7:].strip(" ") for value in headers if value[:7].lower() == "bearer "]
+        tokens, headers = self._bearer_tokens(head), head.headers["authorization"]
+        tokens += [body["token"]] if "token" in body else []
         refuse_if(len(headers) > 1 or len(tokens) > 1, 400, "more than one token")
         refuse_if(not tokens, 401, "no token: it goes into the body, or Authorization: Bearer")
         refuse_if(type(tokens[0]) is not str or not tokens[0], 400, "token is a string")
@@ -1991,8 +1992,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(exc, OSError):  # what cannot be written is not tried again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 78 if isinstance(exc, SettingsError) and options.command != check_command else 1
-    except KeyboardInterrupt:
-        return 130  # as a shell says it
     return 0
 
 
