@@ -516,8 +516,7 @@ class Batch:
 
     def __init__(self, topic: str, audience: set[Any]) -> None:
         self.topic, self.audience, self.size, self.delivered = topic, audience, 0, 0
-        self.messages: list[Message] = []
-        self.sent: list[Callable[[Message, int], None]] = []  # who wants to know to how many
+        self.messages: list[tuple[Message, Any]] = []  # and whom to tell to how many it went
 
     def send(self, room: int) -> int:
         """Queue it to them, while there is room; return what is left of that."""
@@ -526,7 +525,7 @@ class Batch:
             subscriber = self.audience.pop()
             frame = frames.get(subscriber.encode)
             if frame is None:
-                frame = b"".join(map(subscriber.encode, self.messages))
+                frame = b"".join(subscriber.encode(message) for message, _ in self.messages)
                 frames[subscriber.encode] = frame
             self.delivered += subscriber.deliver(frame) is not False
             room -= len(frame) + DELIVERY_BYTES
@@ -597,8 +596,8 @@ class Hub:
             _, payload, is_text, sent = self._waiting[0]
             if batch.size and batch.size + len(payload) > self._batch_max:
                 break
-            batch.messages.append(message := self.history.add(topic, payload, is_text))
-            batch.sent.append(sent)
+            message = self.history.add(topic, payload, is_text)
+            batch.messages.append((message, sent))
             batch.size += message.size
             self._waiting.popleft()
         return batch
@@ -615,7 +614,7 @@ class Hub:
                 room = batch.send(room) - DELIVERY_BYTES
                 if not batch.audience:
                     self._batch = None
-                    for message, sent in zip(batch.messages, batch.sent, strict=True):
+                    for message, sent in batch.messages:
                         sent(message, batch.delivered)
         finally:  # whatever a subscriber may raise, the others get theirs
             self.sending = ""
