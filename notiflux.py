@@ -1386,10 +1386,10 @@ class LogHandler(logging.Handler):
     Nobody waits for a reader that is stuck, or reads one line again and again: it is counted.
     """
 
-    def __init__(self, journal_stream: str) -> None:
+    def __init__(self, environment: Mapping[str, str]) -> None:
         super().__init__()
         stderr = os.fstat(2)  # systemd.exec(5): where the journal reads, it says so
-        self.journal = journal_stream == f"{stderr.st_dev}:{stderr.st_ino}"
+        self.journal = environment.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
         self._second, self._lines = 0, Counter[str]()  # of each event in it
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -1882,8 +1882,7 @@ def _duration(text: str) -> int:
 def _settings(**changes: str) -> Settings:
     settings = Settings.from_environment({**os.environ, **changes})
     # Below ERROR websockets logs whole frames, tokens included.
-    handlers = [LogHandler(os.environ.get("JOURNAL_STREAM", ""))]
-    logging.basicConfig(handlers=handlers, level=logging.ERROR, force=True)
+    logging.basicConfig(handlers=[LogHandler(os.environ)], level=logging.ERROR, force=True)
     log.setLevel(settings.log_level.upper())
     return settings
 
@@ -1986,7 +1985,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
         print(end="", flush=True)
     except (CommandError, Refusal, OSError, UnicodeError) as exc:
-        priority = "<3>" * LogHandler(os.environ.get("JOURNAL_STREAM", "")).journal
+        priority = "<3>" * LogHandler(os.environ).journal
         print(f"{priority}notiflux: {exc}", file=sys.stderr)
         if isinstance(exc, OSError):  # what cannot be written is not tried again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

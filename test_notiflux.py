@@ -350,7 +350,7 @@ def seed():
 def lines(caplog):
     """The log lines so far, in their final form."""
     caplog.set_level(logging.DEBUG, logger="notiflux")
-    handler = notiflux.LogHandler("")
+    handler = notiflux.LogHandler({})
     handler.journal = True
     return lambda: [handler.format(record) for record in caplog.records]
 
@@ -4307,7 +4307,7 @@ def test_the_log_names_the_client_behind_a_proxy(start, lines):
 
 def test_the_same_line_again_and_again_is_counted(monkeypatch):
     """O02: of one event 100 lines a second are written, and then how many were not."""
-    written, handler = [], notiflux.LogHandler("")
+    written, handler = [], notiflux.LogHandler({})
     monkeypatch.setattr(os, "write", lambda fd, data: written.append((fd, data.decode())))
     monkeypatch.setattr(notiflux.log, "handlers", [handler])
     monkeypatch.setattr(notiflux.log, "propagate", False)
