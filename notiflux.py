@@ -670,9 +670,9 @@ class Subscriber(asyncio.Protocol):
         self._why = "gone"  # what ended it: that, or one of GOODBYES
 
     def connection_made(self, transport: Any) -> None:
-        self.transport, self.deliver = transport, transport.write
+        self.transport = transport
         self._daemon.beats[self] = self._loop.time() + self._settings.ping_interval
-        transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
+        self._go_live()
         transport.write(self.start)
         if self._asked and self._abort is None:
             self._follow(*self._asked, topics=self._asked[0])
@@ -718,7 +718,7 @@ class Subscriber(asyncio.Protocol):
 
     def end(self, topics: list[str]) -> None:
         """End subscriptions whose expire_at has come; a stream, which resumes all, as a whole."""
-        self._end_replay()
+        self._go_live()
         self.tell("unsubscribed", topics=topics, error="token_expired")
         self.dismiss("expired")
 
@@ -754,9 +754,9 @@ class Subscriber(asyncio.Protocol):
             self.transport.write(piece)
             self._daemon.later(self._go_on)
         else:
-            self._end_replay()
+            self._go_live()
 
-    def _end_replay(self) -> None:
+    def _go_live(self) -> None:
         self._replay, self.deliver = None, self.transport.write
         self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
 
