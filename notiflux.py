@@ -914,17 +914,18 @@ class WebSocketSubscriber(Subscriber):
 
 # --- HTTP: bytes to requests, answers to bytes. Knows no topics and no tokens. ---
 
-HEAD_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z\r-]")  # a TLS hello may have no line end, ever
+TCHAR = rb"!#$%&'*+.^_`|~0-9A-Za-z-"  # as a set of characters: RFC 9110 section 5.6.2
+HEAD_START = re.compile(rb"[\r" + TCHAR + rb"]")  # a TLS hello may have no line end, ever
 REQUEST_LINE = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) "
+    rb"([" + TCHAR + rb"]+) "
     # RFC 3986's characters, no control characters behind a %, no fragment; RFC 9112 section 3.2
     rb"(?:[hH][tT][tT][pP][sS]?://([0-9A-Za-z.:\[\]_-]+))?"
     rb"(\*|(?:/(?:[0-9A-Za-z._~!$&'()*+,;=:@/?-]|%(?:[2-689A-Fa-f][0-9A-Fa-f]|7[0-9A-Ea-e]))*)?)"
     rb" HTTP/([0-9])\.([0-9])"
 )
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
+HEADER_LINE = re.compile(rb"([" + TCHAR + rb"]+):([\t\x20-\x7e\x80-\xff]*)")
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-MEMBER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+MEMBER = re.compile(f"[{TCHAR.decode()}]+")
 CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 TOO_LARGE = "the body is larger than MAX_MESSAGE_BYTES"
@@ -932,9 +933,9 @@ Headers = defaultdict[str, list[str]]
 Request = tuple["Head", bytes]  # its head and body
 
 
-def list_members(headers: Headers, name: str) -> list[str]:
+def list_members(head: Head, name: str) -> list[str]:
     """Return a list-valued header's members, lower case. Raises Refusal where it is none."""
-    parts = ",".join(headers[name]).lower().split(",")
+    parts = ",".join(head.headers[name]).lower().split(",")
     members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
     refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
     return members
@@ -1013,11 +1014,11 @@ def _frame(head: Head) -> None:
         raise Refusal(400, "a malformed Content-Length")
     length = None if codings else int(lengths[0]) if lengths else 0
     refuse_if(length != 0 and head.method in ("GET", "HEAD"), 400, "a body where none belongs")
-    expected = set() if head.is_old else set(list_members(head.headers, "expect"))
+    expected = set() if head.is_old else set(list_members(head, "expect"))
     refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
-    encodings = list_members(head.headers, "content-encoding")
-    refuse_if(set(encodings) - {"identity"}, 415, "a compressed body")
-    head.last = "close" in list_members(head.headers, "connection") or head.is_old
+    encodings = set(list_members(head, "content-encoding"))
+    refuse_if(encodings - {"identity"}, 415, "a compressed body")
+    head.last = "close" in list_members(head, "connection") or head.is_old
     head.length, head.expects, head.framed = length, bool(expected), True
 
 
@@ -1554,16 +1555,15 @@ class Router:
 
     def _websocket(self, connection: Any, head: Head, data: bytes) -> WebSocketSubscriber:
         """Return the subscriber that a good handshake makes (RFC 6455 section 4.2)."""
-        headers = head.headers
-        upgrade = "upgrade" in list_members(headers, "connection") and not head.is_old
-        if not upgrade or list_members(headers, "upgrade") != ["websocket"] or head.method != "GET":
+        upgrade = "upgrade" in list_members(head, "connection") and not head.is_old
+        if not upgrade or list_members(head, "upgrade") != ["websocket"] or head.method != "GET":
             why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
             raise Refusal(426, why)
-        versions, keys = (headers[f"sec-websocket-{name}"] for name in ("version", "key"))
+        versions, keys = (head.headers[f"sec-websocket-{name}"] for name in ("version", "key"))
         good = len(versions) == len(keys) == 1 and WEBSOCKET_KEY.fullmatch(keys[0])
         refuse_if(not good, 400, "a malformed WebSocket handshake")
         refuse_if(versions[0] != "13", 426, "this server speaks WebSocket version 13")
-        json_mode = SUBPROTOCOL in list_members(headers, "sec-websocket-protocol")
+        json_mode = SUBPROTOCOL in list_members(head, "sec-websocket-protocol")
         more = {"Upgrade": "websocket", "Connection": "Upgrade"}
         more["Sec-WebSocket-Accept"] = accept_key(keys[0])
         more |= {"Sec-WebSocket-Protocol": SUBPROTOCOL} if json_mode else {}
