@@ -397,7 +397,7 @@ def check_topics(topics: list[str], limit: int = 1) -> list[str]:
     for topic in topics:
         refuse_if(not 1 <= len(topic.encode()) <= TOPIC_MAX, 400, "a topic is 1 to 512 bytes long")
         refuse_if(CONTROL_CHARACTER.search(topic), 400, "a topic has no control characters")
-    return list(dict.fromkeys(topics))
+    return list(dict.fromkeys(topics)) if len(topics) > 1 else topics
 
 
 def text_frame(payload: bytes) -> bytes:
