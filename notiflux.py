@@ -163,7 +163,7 @@ def _finite(number: str) -> float:
 JSON_DECODER = json.JSONDecoder(
     object_pairs_hook=_unique,
     parse_float=_finite,
-    parse_int=lambda digits: int(digits) if len(digits) < 300 or _finite(digits) else 0,
+    parse_int=lambda digits: (len(digits) < 300 or _finite(digits)) and int(digits),
     parse_constant=_finite,
 )
 JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # one without an end, too
@@ -205,7 +205,7 @@ def _like(pattern: str, expected: str, convert: Callable[[str], Any], *limits: f
 
 _whole = functools.partial(_like, r"[0-9]{1,18}", "a whole number from {} to {}", int)
 SECONDS = r"[0-9]{1,9}(\.[0-9]{1,9})?"
-_seconds = functools.partial(_like, SECONDS, "seconds from {} to {}", json.loads)
+_seconds = functools.partial(_like, SECONDS, "seconds from {} to {}", json.loads)  # 15: an int
 _level = _like("debug|info|warning|error", "debug, info, warning or error", str)
 ORIGIN = r"\s*[a-z][a-z0-9+.-]*://[^/\s,]+\s*"
 ORIGINS = "origins such as https://example.org, separated by commas"
@@ -272,9 +272,10 @@ TOKEN_MEMBER = re.compile(r'"token"\s*:\s*"([A-Za-z0-9_.-]+)"')
 
 def _public_key(label: bytes, pem: bytes) -> PublicKey:
     """Return the P-256 key in one PEM block. Raises ValueError with what it is instead."""
-    if b"PRIVATE KEY" in label or b"CERTIFICATE" in label:
-        private = "a private key, which must stay with those who sign tokens"
-        raise ValueError(private if b"PRIVATE" in label else "a certificate")
+    if b"PRIVATE KEY" in label:
+        raise ValueError("a private key, which must stay with those who sign tokens")
+    if b"CERTIFICATE" in label:
+        raise ValueError("a certificate")
     try:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, cryptography.exceptions.UnsupportedAlgorithm) as exc:
@@ -725,7 +726,8 @@ class Subscriber(asyncio.Protocol):
     def _follow(self, topics: Sequence[str], claims: Claims, since: str, /, **about: Any) -> None:
         """Subscribe, and replay what came after `since`: one stream with what comes live."""
         messages, recovered = self._hub.history.since(topics, since) if since else ([], False)
-        self._leave(topics if since else ())  # another replay of them is not wanted any more
+        if since:
+            self._leave(topics)  # another replay of them is not wanted any more
         for topic in topics:
             self._hub.subscribe(self, topic)
             self.expiring.pop(topic, None)
@@ -831,7 +833,8 @@ class WebSocketSubscriber(Subscriber):
             except UnicodeDecodeError:
                 self._protocol.fail(1007, "not UTF-8")
         self._send()
-        self._go_on()
+        if self._replay is None:  # which goes on, and reads on, in steps of its own
+            self._go_on()
 
     def _send(self) -> None:
         for data in self._protocol.data_to_send():
@@ -943,7 +946,7 @@ def list_members(head: Head, name: str) -> list[str]:
 
 @dataclass(slots=True, eq=False)
 class Head:
-    """The head of a request; `headers` has the values of each name, which is in lower case."""
+    """The head of all requests with its bytes; `headers` has the values of each lower-case name."""
 
     method: str
     path: str
@@ -1016,8 +1019,7 @@ def _frame(head: Head) -> None:
     refuse_if(length != 0 and head.method in ("GET", "HEAD"), 400, "a body where none belongs")
     expected = set() if head.is_old else set(list_members(head, "expect"))
     refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
-    encodings = set(list_members(head, "content-encoding"))
-    refuse_if(encodings - {"identity"}, 415, "a compressed body")
+    refuse_if(set(list_members(head, "content-encoding")) - {"identity"}, 415, "a compressed body")
     head.last = "close" in list_members(head, "connection") or head.is_old
     head.length, head.expects, head.framed = length, bool(expected), True
 
@@ -1526,8 +1528,7 @@ class Router:
         if head.method not in methods:
             allow = ", ".join([*methods, "OPTIONS"])
             raise Refusal(405, f"this path takes {allow}", Allow=allow)
-        if self.stopping and head.path != "/health":
-            raise Refusal(503, "the server is stopping")
+        refuse_if(self.stopping and head.path != "/health", 503, "the server is stopping")
         return answer
 
     def _respond(self, head: Head | None, status: int, content: Any, more: Any) -> Response:
@@ -1690,7 +1691,8 @@ class Daemon:
         self._router = Router(self)
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if settings.tls_cert_file else None
         self._load_certificate()
-        self._stop, self._steps, self._stepping = asyncio.Event(), OrderedDict[Any, None](), False
+        self._stop = asyncio.Event()
+        self._steps, self._stepping = OrderedDict[Any, None](), False  # those that wait; at work
 
     def refused(self, peer: str, op: str, refusal: Refusal) -> None:
         """Count a refusal, and log it in the one stable form that other programs may read."""
