@@ -89,9 +89,10 @@ LINE_MAX = 8 * 1024  # bytes of the request line, and of one header line, withou
 HEAD_MAX = 16 * 1024  # bytes of a whole head, with its empty line
 HEADERS_MAX = 64
 HEADS_REMEMBERED = 128  # that were read without a fault, at most 2 MiB of them
+CHUNKS_MAX = 256  # that are read in one step: the smallest take a millisecond
 CHUNK_LINE_MAX = 256  # bytes of a chunk's size line; extensions are short where they exist
 READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy for long
-FRAMES_READ_MAX = 1024  # the same once they are frames: an empty one has 6 bytes
+FRAMES_READ_MAX = 1024  # the same of frames, of which an empty one has 6; of HTTP without a step
 FRAMES_MAX = 5_000  # from one peer between two pings, or two for each of MAX_TOPICS
 ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
 LISTEN_QUEUE = 4096  # connections that wait in the kernel
@@ -280,12 +281,10 @@ def _public_key(label: bytes, pem: bytes) -> PublicKey:
         key = serialization.load_pem_public_key(pem)
     except (ValueError, cryptography.exceptions.UnsupportedAlgorithm) as exc:
         raise ValueError("a PEM block that is no public key") from exc
-    kind = type(key).__name__.strip("_").removesuffix("PublicKey")
-    if isinstance(key, PublicKey):
-        if isinstance(key.curve, ec.SECP256R1):
-            return key
-        kind = key.curve.name.replace("secp384r1", "P-384").replace("secp521r1", "P-521")
-    raise ValueError(f"{'an' if kind[0] in 'RE' else 'a'} {kind} key")  # RSA, Ed25519; DSA
+    kind = getattr(getattr(key, "curve", key), "name", type(key).__name__)
+    if isinstance(key, PublicKey) and kind == "secp256r1":
+        return key
+    raise ValueError(f"a key of another kind: {kind}")
 
 
 def load_keys(settings: Settings) -> tuple[PublicKey, ...]:
@@ -743,10 +742,9 @@ class Subscriber(asyncio.Protocol):
             self._go_on()
 
     def _go_on(self) -> None:
-        if not self._paused:
-            self.transport.resume_reading()
-        if self._replay is None or self._paused:
+        if self._paused:
             return
+        self.transport.resume_reading()
         piece = bytearray()
         while self._replay and len(piece) < REPLAY_PIECE:
             _, item = self._replay.popleft()
@@ -755,7 +753,7 @@ class Subscriber(asyncio.Protocol):
         if piece:
             self.transport.write(piece)
             self._daemon.later(self._go_on)
-        else:
+        elif self._replay is not None:
             self._go_live()
 
     def _go_live(self) -> None:
@@ -832,6 +830,7 @@ class WebSocketSubscriber(Subscriber):
                     self._obey(self._received.decode().strip())
             except UnicodeDecodeError:
                 self._protocol.fail(1007, "not UTF-8")
+                self._retire()
         self._send()
         if self._replay is None:  # which goes on, and reads on, in steps of its own
             self._go_on()
@@ -932,13 +931,11 @@ MEMBER = re.compile(f"[{TCHAR.decode()}]+")
 CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 TOO_LARGE = "the body is larger than MAX_MESSAGE_BYTES"
-Headers = defaultdict[str, list[str]]
-Request = tuple["Head", bytes]  # its head and body
 
 
-def list_members(head: Head, name: str) -> list[str]:
-    """Return a list-valued header's members, lower case. Raises Refusal where it is none."""
-    parts = ",".join(head.headers[name]).lower().split(",")
+def list_members(head: Head, name: str, case: Any = str.lower) -> list[str]:
+    """Return a list-valued header's members. Raises Refusal where it is none."""
+    parts = case(",".join(head.headers[name])).split(",")
     members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
     refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
     return members
@@ -952,7 +949,7 @@ class Head:
     path: str
     query: str  # with its question mark
     is_old: bool  # HTTP/1.0
-    headers: Headers
+    headers: defaultdict[str, list[str]]
     framed: bool = False  # the rest is known, and nothing is wrong with it
     length: int | None = 0  # of the body; None for a chunked one
     last: bool = False  # the client wants no answer behind this one's
@@ -974,7 +971,7 @@ def _check_lines(head: bytes | bytearray) -> None:
         raise Refusal(400, "a line that does not end in CRLF")
 
 
-def _parse_lines(head: bytes) -> tuple[bytes, Headers]:
+def _parse_lines(head: bytes) -> tuple[bytes, defaultdict[str, list[str]]]:
     """Return the first line and the headers; an empty line ahead of it is tolerated."""
     _check_lines(head)
     first, *lines = head.removeprefix(b"\r\n").removesuffix(b"\r\n\r\n").split(b"\r\n")
@@ -1030,7 +1027,7 @@ class RequestReader:
     def __init__(self, body_max: int) -> None:
         self._body_max = body_max
         self.buffer = bytearray()  # what was received, and is not read yet
-        self.requests = self._read()  # each once complete, None until then; may raise Refusal
+        self.requests = self._read()  # each once complete; None: not yet; False: not in this step
         self.head: Head | None = None  # the newest, as far as it is known
         self.stage = "idle"  # then "head", then "body"
         self.wants_continue = False  # the client waits for a 100
@@ -1040,7 +1037,7 @@ class RequestReader:
         """Whether nothing is left of what was fed, not even part of a request."""
         return self.stage == "idle" and not self.buffer
 
-    def _read(self) -> Generator[Request | None, None, None]:
+    def _read(self) -> Generator[Any, None, None]:
         while True:
             while not self.buffer:
                 yield None
@@ -1073,10 +1070,12 @@ class RequestReader:
             raise Refusal(414 if long else 431, "a line, or all lines together, are too long")
         return 0
 
-    def _chunks(self) -> Generator[None, None, bytes]:
+    def _chunks(self) -> Generator[Any, None, bytes]:
         """Read a chunked body; extensions and trailers are dropped (RFC 9112 section 7.1)."""
         body = bytearray()
-        while True:
+        for number in itertools.count(1):
+            if number % CHUNKS_MAX == 0:
+                yield False
             while (end := self.buffer.find(b"\r\n", 0, CHUNK_LINE_MAX)) < 0:
                 refuse_if(len(self.buffer) >= CHUNK_LINE_MAX, 400, "a malformed chunk")
                 yield None
@@ -1145,10 +1144,14 @@ class HTTPConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if not self._closing:
             self._reader.buffer += data
-            if self._owed:
-                self.transport.pause_reading()
-            else:
+            if len(data) < FRAMES_READ_MAX and not self._owed:
                 self._advance()
+            else:
+                self._wait()
+
+    def _wait(self) -> None:
+        self.transport.pause_reading()
+        self._daemon.later(self._advance)
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -1161,7 +1164,6 @@ class HTTPConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._paused = False
-        self.transport.resume_reading()
         self._daemon.later(self._advance)  # as in Subscriber
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -1171,9 +1173,10 @@ class HTTPConnection(asyncio.Protocol):
 
     def tick(self, now: float) -> None:
         """End the connection where it does the same for too long, by the loop's clock."""
-        unsent = self.transport.get_write_buffer_size()
+        lower = getattr(getattr(self.transport, "_ssl_protocol", None), "_transport", None)
+        unsent = sum(one.get_write_buffer_size() for one in (self.transport, lower) if one)
         doing = "write" if unsent else "linger" if self._closing else self._reader.stage
-        state = doing, self._reader.head, unsent
+        state = doing, self._reader.head, unsent  # TLS (3.11 to 3.13) does not count the lower one
         if state != self._state:
             new = doing == "idle" and self._reader.head is None  # which has to say something
             self._state, self._deadline = state, now + TIMEOUTS_S["head" if new else doing]
@@ -1192,13 +1195,12 @@ class HTTPConnection(asyncio.Protocol):
         try:
             if request := next(self._reader.requests):
                 self._handle(request)
+            elif request is False:
+                self._wait()
             elif self._ended:
                 refuse_if(not self._reader.empty, 400, "the request ended early")
                 self._close()
             else:
-                head = self._reader.head
-                most = READ_MAX // 16 if head and head.length is None else READ_MAX  # small chunks
-                self.transport.max_size = most  # type: ignore[attr-defined]
                 self.transport.resume_reading()
                 if self._reader.wants_continue:
                     self._reader.wants_continue = False
@@ -1206,7 +1208,7 @@ class HTTPConnection(asyncio.Protocol):
         except Refusal as refusal:
             self._refuse(refusal)
 
-    def _handle(self, request: Request) -> None:
+    def _handle(self, request: tuple[Head, bytes]) -> None:
         self._state = "", None, 0  # the next head is another one
         if trusted := self._daemon.settings.trusted_proxies:
             name = self.transport.get_extra_info("peername")
@@ -1245,8 +1247,7 @@ class HTTPConnection(asyncio.Protocol):
         if last:
             self._close()
         elif self._ended or not self._reader.empty or not self.transport.is_reading():
-            self.transport.pause_reading()  # others have their turn before its next request
-            self._daemon.later(self._advance)
+            self._wait()  # others have their turn before its next request
 
     def _close(self) -> None:
         # To close a socket with bytes unread would reset it, and lose the answer: where more may
@@ -1480,7 +1481,6 @@ CORS = (("Access-Control-Allow-Origin", "*"), ("Vary", "Origin"))
 JSON = {"Content-Type": "application/json"}
 NO_STORE = {"Cache-Control": "no-store"}
 STREAM = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"} | NO_STORE  # for nginx
-WEBSOCKET_KEY = re.compile(r"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64: RFC 6455 section 4.1
 
 
 class Router:
@@ -1561,10 +1561,10 @@ class Router:
             why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
             raise Refusal(426, why)
         versions, keys = (head.headers[f"sec-websocket-{name}"] for name in ("version", "key"))
-        good = len(versions) == len(keys) == 1 and WEBSOCKET_KEY.fullmatch(keys[0])
+        good = len(versions) == len(keys) == 1 and re.fullmatch(r"[A-Za-z0-9+/]{22}==", keys[0])
         refuse_if(not good, 400, "a malformed WebSocket handshake")
         refuse_if(versions[0] != "13", 426, "this server speaks WebSocket version 13")
-        json_mode = SUBPROTOCOL in list_members(head, "sec-websocket-protocol")
+        json_mode = SUBPROTOCOL in list_members(head, "sec-websocket-protocol", str)
         more = {"Upgrade": "websocket", "Connection": "Upgrade"}
         more["Sec-WebSocket-Accept"] = accept_key(keys[0])
         more |= {"Sec-WebSocket-Protocol": SUBPROTOCOL} if json_mode else {}
@@ -1614,10 +1614,10 @@ class Router:
 
     def _messages(self, connection: Any, head: Head, data: bytes) -> Response:
         topics, _, since = self._query(head)
-        history, room = self._daemon.hub.history, self._daemon.settings.max_buffer_bytes
+        history = self._daemon.hub.history
         held, recovered = history.since(topics, since or "all")
         sizes = itertools.accumulate(message.size for message in held)
-        some = [m for m, size in zip(held, sizes, strict=True) if size <= room] or held[:1]
+        some = [m for m, n in zip(held, sizes, strict=True) if n <= 4 * BATCH_MAX] or held[:1]
         about = {"id": some[-1].id if some != held else history.position, "recovered": recovered}
         start = dump_json(about)[:-1]
         body = f'{start},"messages":[{",".join(f"{{{m.members}}}" for m in some)}]}}\n'.encode()

@@ -502,14 +502,34 @@ BAD_KEYS = [
         ),
         "a private key",
     ),
-    ("RSA", lambda: public_pem(rsa.generate_private_key(65537, 2048)), "an RSA key"),
-    ("DSA", lambda: public_pem(dsa.generate_private_key(1024)), "a DSA key"),
-    ("P-384", lambda: public_pem(ec.generate_private_key(ec.SECP384R1())), "a P-384 key"),
-    ("P-521", lambda: public_pem(ec.generate_private_key(ec.SECP521R1())), "a P-521 key"),
-    ("secp256k1", lambda: public_pem(ec.generate_private_key(ec.SECP256K1())), "a secp256k1 key"),
-    ("Ed25519", lambda: public_pem(ed25519.Ed25519PrivateKey.generate()), "an Ed25519 key"),
+    (
+        "RSA",
+        lambda: public_pem(rsa.generate_private_key(65537, 2048)),
+        "another kind: RSAPublicKey",
+    ),
+    ("DSA", lambda: public_pem(dsa.generate_private_key(1024)), "another kind: DSAPublicKey"),
+    (
+        "P-384",
+        lambda: public_pem(ec.generate_private_key(ec.SECP384R1())),
+        "another kind: secp384r1",
+    ),
+    (
+        "P-521",
+        lambda: public_pem(ec.generate_private_key(ec.SECP521R1())),
+        "another kind: secp521r1",
+    ),
+    (
+        "secp256k1",
+        lambda: public_pem(ec.generate_private_key(ec.SECP256K1())),
+        "another kind: secp256k1",
+    ),
+    (
+        "Ed25519",
+        lambda: public_pem(ed25519.Ed25519PrivateKey.generate()),
+        "another kind: Ed25519PublicKey",
+    ),
     ("certificate", certificate, "a certificate"),
-    ("good and RSA", lambda: public_pem(KEY) + BAD_KEYS[6][1](), "an RSA key"),
+    ("good and RSA", lambda: public_pem(KEY) + BAD_KEYS[6][1](), "another kind: RSAPublicKey"),
     ("good, and one cut off", lambda: public_pem(KEY) * 2 + public_pem(KEY)[:-20], "not PEM"),
     (
         "garbage in PEM",
@@ -1580,6 +1600,7 @@ def test_a_message_is_never_taken_for_an_event(server):
         ("chat, notiflux.v1", True),
         ("chat,notiflux.v1 ", True),
         ("chat,\tnotiflux.v1", True),
+        ("NOTIFLUX.V1", False),
         ("chat", False),
     ],
 )
@@ -1865,6 +1886,15 @@ def test_frames_that_wait_when_the_connection_goes_are_read_in_vain(server, line
         server.call(go)
         server.check_empty()
     assert not [line for line in lines() if line.startswith("<3>")]
+
+
+def test_nothing_is_obeyed_behind_a_text_that_is_no_utf_8(server):
+    """I8, RFC 6455 section 8.1: in one segment with it as little as in another."""
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        client.sendall(client_frame(b"\xff") + client_frame("/nonsense"))
+        assert read_frame(client) == (Opcode.CLOSE, b"\x03\xefnot UTF-8")
 
 
 def test_what_comes_behind_frames_that_wait_is_read_behind_them(server):
@@ -2543,13 +2573,13 @@ def test_messages_can_be_polled(start):
     ]
 
 
-def test_a_poll_gets_no_more_than_the_buffer_takes(start):
+def test_a_poll_gets_so_much_at_a_time(start):
     """A large history comes in parts: `id` says where to go on, and nothing is left out."""
-    server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000")
+    server = start(MAX_BUFFER_BYTES="300000", MAX_MESSAGE_BYTES="300000")
     token = make_token(scope="broadcast", topics=["a"])
     for number in range(10):
-        server.publish(topic="a", message=f"{number}{'x' * 40_000}", token=token)
-    server.publish(topic="a", message="x" * 95_000, token=token)
+        server.publish(topic="a", message=f"{number}{'x' * 110_000}", token=token)
+    server.publish(topic="a", message="x" * 250_000, token=token)
     since, sizes, seen = "all", [], []
     while not sizes or sizes[-1]:
         body = json.loads(ask_messages(server, f"topic=a&since={since}").body)
@@ -2559,10 +2589,10 @@ def test_a_poll_gets_no_more_than_the_buffer_takes(start):
         since = body["id"]
     assert sizes == [2, 2, 2, 2, 2, 1, 0] and "".join(seen) == "0123456789x"
     bearer = f"Authorization: Bearer {token}"
-    largest = b'{"topic":"a","message":"%s"}' % (b"x" * (100_000 - 26))
+    largest = b'{"topic":"a","message":"%s"}' % (b"x" * (300_000 - 26))
     assert [one.status for one in server.ask(post(largest, bearer))] == [200]
     (message,) = json.loads(ask_messages(server, f"topic=a&since={since}").body)["messages"]
-    assert message["message"] == "x" * (100_000 - 26)
+    assert message["message"] == "x" * (300_000 - 26)
 
 
 # --- HTTP: the reader ---
@@ -2575,7 +2605,9 @@ def outcome(pieces, body_max=1000):
     try:
         for piece in pieces:
             reader.buffer += piece
-            while request := next(reader.requests):
+            while (request := next(reader.requests)) is not None:
+                if request is False:  # enough for one step
+                    continue
                 head, body = request
                 about = head.method, head.path, head.query, head.is_old, head.headers
                 seen.append((*about, head.last, body))
@@ -3224,6 +3256,41 @@ def test_a_crowd_that_floods_lets_others_have_their_turn(server, monkeypatch):
     assert max(b - a for a, b in zip(turns, turns[1:], strict=False)) <= 4
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [post(b"x" * 8_000), post(chunked(*[b"x"] * 3000), "Transfer-Encoding: chunked", length=False)],
+    ids=["a body", "small chunks"],
+)
+def test_a_crowd_that_posts_lets_others_have_their_turn(request_, server, monkeypatch):
+    """I6: of what many post at once, good or not, a turn of the loop reads little."""
+    turns, done = [], []
+    advance = notiflux.HTTPConnection._advance
+
+    def slowly(self):
+        before = len(self._reader.buffer)
+        advance(self)
+        done.append(before - len(self._reader.buffer))
+        time.sleep(notiflux.STEPS_S)
+
+    def look():
+        turns.append(len(done))
+        if sum(done) < 8 * len(request_):
+            server.loop.call_soon(look)
+
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(8)]
+        wait_for(lambda: len(everyone(server.daemon)) == 8)
+        monkeypatch.setattr(notiflux.HTTPConnection, "_advance", slowly)
+        server.call(look)
+        for client in clients:
+            client.sendall(request_)
+        for client in clients:
+            assert read_head(client).startswith(b"HTTP/1.1 400 ")
+        wait_for(lambda: sum(done) >= 8 * len(request_))
+    assert max(b - a for a, b in zip(turns, turns[1:], strict=False)) <= 4
+    assert max(done) <= max(8_200, 6 * notiflux.CHUNKS_MAX + 200)
+
+
 def test_heads_that_are_begun_again_and_again_are_no_slow_head(start, monkeypatch):
     """A client whose next head has begun whenever one looks is not one that takes too long."""
     monkeypatch.setitem(notiflux.TIMEOUTS_S, "head", 0.5)
@@ -3537,6 +3604,67 @@ def test_a_tls_handshake_has_no_more_time_than_a_head(start, tmp_path, monkeypat
             client.sendall(said)
             assert receive_all(client)[:1] in (b"", b"\x15")  # an alert
     assert not [line for line in lines() if not line.startswith(("<6>", "<7>"))]
+
+
+@pytest.fixture
+def tls(start, tmp_path):
+    """A function that starts a server with TLS, and returns it and how to connect to it."""
+    (tmp_path / "cert.pem").write_bytes(certificate())
+    (tmp_path / "key.pem").write_bytes(private_pem(KEY))
+    paths = {"TLS_CERT_FILE": f"{tmp_path}/cert.pem", "TLS_KEY_FILE": f"{tmp_path}/key.pem"}
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+    def connect(server):
+        return context.wrap_socket(server.connect())
+
+    return lambda **changes: (start(**paths, **changes), connect)
+
+
+def test_a_slow_reader_of_a_tls_answer_gets_all_and_one_who_stops_is_cut(tls, monkeypatch):
+    """H32: with TLS, too, it is progress that counts, and all of what is unsent."""
+    monkeypatch.setitem(notiflux.TIMEOUTS_S, "write", 0.5)
+    monkeypatch.setattr(notiflux, "SWEEP_S", 0.05)
+    server, connect = tls()
+    message, bearer = "x" * 900_000, f"Authorization: Bearer {make_token()}"
+    server.daemon.hub.history.add("news", message.encode())
+    for closing in (True, False):
+        with connect(server) as client:
+            wait_for(lambda: len(everyone(server.daemon)) == 1)
+            (connection,) = everyone(server.daemon)
+            there = connection.transport.get_extra_info("socket")
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+            more = [bearer, *["Connection: close"] * closing]
+            client.sendall(get("/messages?topic=news&since=all", *more))
+            if closing:
+                data = b""
+                while chunk := receive(client):
+                    data += chunk
+                    time.sleep(0.02)
+                assert len(parse_answers(data)) == 1 and message.encode() in data
+            wait_for(lambda: connection not in everyone(server.daemon))
+        wait_for(lambda: not everyone(server.daemon))
+
+
+def test_who_pipelines_over_tls_and_reads_little_is_read_little(tls):
+    """I5: answers that are taken let no more in than is worked on."""
+    server, connect = tls()
+    with connect(server) as client:
+        wait_for(lambda: everyone(server.daemon))
+        (connection,) = everyone(server.daemon)
+        client.setblocking(False)
+        requests, pending, most = get("/notiflux.js") * 400, b"", 0
+        for _ in range(1500):
+            with contextlib.suppress(ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                while True:
+                    pending = pending or requests
+                    pending = pending[client.send(pending) :]
+            with contextlib.suppress(ssl.SSLWantReadError):
+                for _ in range(12):
+                    client.recv(16384)
+            most = max(most, len(connection._reader.buffer))
+            time.sleep(0.0005)
+    assert most < 400_000  # asyncio decrypts 256 KiB at once, where so much waits for it
 
 
 def test_a_tls_connection_is_no_burden(start, tmp_path):
