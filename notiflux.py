@@ -807,7 +807,7 @@ class WebSocketSubscriber(Subscriber):
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
         self._unread += data
-        if len(self._unread) < FRAMES_READ_MAX // 4:
+        if len(self._unread) < FRAMES_READ_MAX // 2:
             self._read()
         else:
             self.transport.pause_reading()
