@@ -947,6 +947,17 @@ def test_a_remembered_token_is_still_checked_for_time():
                 verifier.verify(token)
 
 
+def test_a_token_is_refused_from_expire_at_on():
+    """No leeway there: what it would let in ends at that moment."""
+    now = [1999.9]
+    verifier = notiflux.TokenVerifier([KEY.public_key()], clock=lambda: now[0])
+    token = make_token(exp=3000, expire_at=2000)
+    verifier.verify(token)
+    now[0] = 2000
+    with pytest.raises(notiflux.Refusal, match="expire_at has passed"):
+        verifier.verify(token)
+
+
 def test_the_memory_of_tokens_is_bounded_and_holds_good_ones_only(monkeypatch):
     """Refused tokens are not remembered, and those that are have a bound."""
     monkeypatch.setattr(notiflux, "TOKENS_REMEMBERED", 3)
@@ -2089,6 +2100,8 @@ def test_what_comes_while_an_answer_is_owed_stays_in_the_kernel(start):
         wait_for(lambda: everyone(server.daemon))
         (connection,) = everyone(server.daemon)
         wait_for(lambda: connection._owed)
+        server.call(connection.data_received, get())  # however little it is
+        assert not connection.transport.is_reading()
         client.settimeout(0.5)
         with pytest.raises(TimeoutError):
             client.sendall(get() * 1_000_000)
@@ -2273,6 +2286,43 @@ def test_a_flood_in_a_replay_is_not_read(start):
         assert connection._replay is None or len(connection._replay) <= 30
 
 
+def test_commands_in_a_replay_do_not_hurry_it(server, monkeypatch):
+    """I6: its pieces go out in its own steps, and not with each frame that comes."""
+    monkeypatch.setattr(notiflux, "REPLAY_PIECE", 1000)
+    for number in range(20):
+        server.publish(message=f"{number}{'x' * 900}")
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        (subscriber,) = everyone(server.daemon)
+
+        def go():
+            subscriber.data_received(client_frame(f"/subscribe news {make_token()} all"))
+            waiting = len(subscriber._replay)
+            subscriber.data_received(client_frame("x") * 20)
+            return waiting - len(subscriber._replay)
+
+        assert server.call(go) == 0
+
+
+def test_nothing_revives_one_that_was_dropped_in_a_replay(server):
+    """W12: the step that was queued for its next piece finds nothing to do."""
+    for number in range(20):
+        server.publish(message=f"{number}{'x' * 90_000}")
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        (subscriber,) = everyone(server.daemon)
+
+        def go():
+            subscriber.data_received(client_frame(f"/subscribe news {make_token()} all"))
+            subscriber._drop("flood")
+
+        server.call(go)
+        receive_all(client)
+        assert subscriber.deliver(b"x") is False
+
+
 def test_a_ping_at_a_time_in_a_replay_is_not_read(start):
     """I5: nor does one that takes nothing and pings now and then."""
     server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000", HISTORY_SIZE="1000")
@@ -2329,6 +2379,23 @@ def test_one_that_keeps_up_with_its_replays_stays(start):
                 data += client.recv(1 << 20)
             assert data.count(b"b" * 40_000) >= 1
         assert server.daemon.hub.topics["news"] == {subscriber}
+
+
+def test_who_subscribes_again_gets_what_is_on_its_way(server, monkeypatch):
+    """I10: a fresh token for a topic is no reason to miss a message."""
+    monkeypatch.setattr(notiflux, "TURN_BYTES", 1)  # one subscriber a turn
+    hub = server.daemon.hub
+    with server.subscriber(topics=["news"]) as one, server.subscriber(topics=["news"]) as two:
+
+        def go():
+            hub.broadcast(["news"], "on its way", lambda *sent: None)
+            while not hub._batch:
+                hub._flush()
+            (last,) = hub._batch.audience
+            last.data_received(client_frame(f"/subscribe news {make_token()}"))
+
+        server.call(go)
+        assert {client.recv(timeout=WAIT_S) for client in (one, two)} == {"on its way"}
 
 
 def test_nothing_comes_after_unsubscribed_in_a_replay(start):
