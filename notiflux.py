@@ -933,14 +933,6 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 TOO_LARGE = "the body is larger than MAX_MESSAGE_BYTES"
 
 
-def list_members(head: Head, name: str, case: Any = str.lower) -> list[str]:
-    """Return a list-valued header's members. Raises Refusal where it is none."""
-    parts = case(",".join(head.headers[name])).split(",")
-    members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
-    refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
-    return members
-
-
 @dataclass(slots=True, eq=False)
 class Head:
     """The head of all requests with its bytes; `headers` has the values of each lower-case name."""
@@ -963,6 +955,14 @@ class Response:
     status: int
     headers: tuple[tuple[str, str], ...]
     body: bytes = b""
+
+
+def list_members(head: Head, name: str, case: Any = str.lower) -> list[str]:
+    """Return a list-valued header's members, by default lower case. Raises Refusal for no list."""
+    parts = case(",".join(head.headers[name])).split(",")
+    members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
+    refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
+    return members
 
 
 def _check_lines(head: bytes | bytearray) -> None:

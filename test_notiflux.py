@@ -1639,6 +1639,16 @@ def read_head(client):
     return data
 
 
+@contextlib.contextmanager
+def alone(server):
+    """A WebSocket that nobody else is beside: its raw client, and the subscriber that it is."""
+    with server.connect() as client:
+        client.sendall(handshake())
+        read_head(client)
+        (subscriber,) = everyone(server.daemon)
+        yield client, subscriber
+
+
 # --- Subscribers: keepalive, time, and those that do not keep up ---
 
 
@@ -1885,10 +1895,7 @@ def test_a_command_that_is_read_with_the_reset_is_not_obeyed(server):
 
 def test_frames_that_wait_when_the_connection_goes_are_read_in_vain(server, lines):
     """They wait for their turn, the connection ends, the turn comes: nothing is done or logged."""
-    with server.connect() as client:
-        client.sendall(handshake())
-        read_head(client)
-        (subscriber,) = everyone(server.daemon)
+    with alone(server) as (_, subscriber):
 
         def go():
             server.daemon.later(lambda: time.sleep(2 * notiflux.STEPS_S))  # so that theirs is late
@@ -2292,10 +2299,7 @@ def test_commands_in_a_replay_do_not_hurry_it(server, monkeypatch):
     monkeypatch.setattr(notiflux, "REPLAY_PIECE", 1000)
     for number in range(20):
         server.publish(message=f"{number}{'x' * 900}")
-    with server.connect() as client:
-        client.sendall(handshake())
-        read_head(client)
-        (subscriber,) = everyone(server.daemon)
+    with alone(server) as (_, subscriber):
 
         def go():
             subscriber.data_received(client_frame(f"/subscribe news {make_token()} all"))
@@ -2310,10 +2314,7 @@ def test_nothing_revives_one_that_was_dropped_in_a_replay(server):
     """W12: the step that was queued for its next piece finds nothing to do."""
     for number in range(20):
         server.publish(message=f"{number}{'x' * 90_000}")
-    with server.connect() as client:
-        client.sendall(handshake())
-        read_head(client)
-        (subscriber,) = everyone(server.daemon)
+    with alone(server) as (_, subscriber):
 
         def go():
             subscriber.data_received(client_frame(f"/subscribe news {make_token()} all"))
@@ -2364,10 +2365,7 @@ def test_one_that_keeps_up_with_its_replays_stays(start):
     server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000", HISTORY_SIZE="20")
     for _ in range(20):
         server.publish(message="x" * 90_000)
-    with server.connect() as client:
-        client.sendall(handshake())
-        read_head(client)
-        (subscriber,) = everyone(server.daemon)
+    with alone(server) as (client, subscriber):
         there = subscriber.transport.get_extra_info("socket")
         there.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         for _ in range(3):
