@@ -9,8 +9,7 @@
 HTTPConnection -> Router.process_request -> TokenVerifier -> Hub.broadcast -> deliver -> a socket.
 One process, one event loop, no threads, no locks. A 2xx means that the broadcast happened, exactly
 once; any other answer that it did not. Nothing is stored for good, no token, key or message text is
-logged. Without a command this runs the daemon. Its rooms use only those above: Errors, Settings,
-Tokens, Messages, Hub, Subscribers, HTTP, Browser, Observation, Routes, Daemon, Command line.
+logged. Without a command this runs the daemon. Each room uses only those above it.
 """
 
 from __future__ import annotations
@@ -402,6 +401,8 @@ def check_topics(topics: list[str], limit: int = 1) -> list[str]:
 
 def text_frame(payload: bytes) -> bytes:
     """Return an unmasked WebSocket text frame (RFC 6455 section 5.2), the same for every client."""
+    if len(payload) < 126:  # most are
+        return b"\x81%c%b" % (len(payload), payload)
     return Frame(Opcode.TEXT, payload).serialize(mask=False)
 
 
@@ -525,7 +526,7 @@ class Batch:
             subscriber = self.audience.pop()
             frame = frames.get(subscriber.encode)
             if frame is None:
-                frame = b"".join(subscriber.encode(message) for message, _ in self.messages)
+                frame = b"".join([subscriber.encode(message) for message, _ in self.messages])
                 frames[subscriber.encode] = frame
             self.delivered += subscriber.deliver(frame) is not False
             room -= len(frame) + DELIVERY_BYTES
@@ -635,7 +636,6 @@ GOODBYES = {  # why a subscriber is sent away: its close code (RFC 6455 section 
     "stopping": (1012, "the server restarts: reconnect after a random pause"),
     "slow": (4100, "too slow: reconnect and resume"),
 }
-PING_FRAME = Frame(Opcode.PING, b"").serialize(mask=False)
 INVALID_SUBSCRIBE = "Invalid subscribe command, it should be: /subscribe <topic> <token>"
 
 
@@ -660,11 +660,11 @@ class Subscriber(asyncio.Protocol):
         self.topics: set[str] = set()
         self.encode = Message.event_lines
         self.transport: asyncio.Transport
-        self.deliver: Callable[[bytes], Any]  # queue a frame: to the transport, or behind a replay
+        self._queue: Callable[[bytes], Any]  # a frame: to the transport, or behind a replay
+        self._idle = -1  # the socket, while nothing may be ahead of what is written to it
         self.expiring: dict[str, float] = {}  # topic: when its subscription ends, since 1970
         self._replay: deque[tuple[str, Message | bytes]] | None = None  # what waits, and its topic
-        self._behind = 0  # bytes of the frames in it, which were not there at its start
-        self._paused = False  # by the transport, until the peer has taken what is unsent
+        self._behind, self._paused = 0, False  # bytes of frames in it; by the transport
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
         self.since_s = self._loop.time()  # when it came
         self._why = "gone"  # what ended it: that, or one of GOODBYES
@@ -673,9 +673,23 @@ class Subscriber(asyncio.Protocol):
         self.transport = transport
         self._daemon.beats[self] = self._loop.time() + self._settings.ping_interval
         self._go_live()
-        transport.write(self.start)
+        self._write(self.start)
         if self._asked and self._abort is None:
             self._follow(*self._asked, topics=self._asked[0])
+
+    def deliver(self, frame: bytes) -> Any:
+        """Queue a frame; while nothing is unsent, past the transport, which is a fifth cheaper."""
+        try:
+            sent = os.write(self._idle, frame) if self._idle >= 0 else 0
+        except OSError:  # which the transport will see, too
+            sent = 0
+        return sent == len(frame) or self._queue(frame[sent:])
+
+    def _write(self, data: bytes) -> None:
+        self.transport.write(data)
+        about, unsent = self.transport.get_extra_info, self.transport.get_write_buffer_size()
+        other = unsent or about("sslcontext") or self._replay is not None or self._abort
+        self._idle = -1 if other else about("socket").fileno()
 
     def pause_writing(self) -> None:
         self._paused = True
@@ -736,7 +750,7 @@ class Subscriber(asyncio.Protocol):
         self.tell("subscribed", **about, **({"recovered": recovered} if "-" in since else {}))
         if messages and self._abort is None:
             if self._replay is None:
-                self._replay, self.deliver = deque(), self._hold
+                self._replay, self._queue, self._idle = deque(), self._hold, -1
                 self.transport.set_write_buffer_limits(REPLAY_PIECE)
             self._replay += ((message.topic, message) for message in messages)
             self._go_on()
@@ -757,7 +771,7 @@ class Subscriber(asyncio.Protocol):
             self._go_live()
 
     def _go_live(self) -> None:
-        self._replay, self.deliver = None, self.transport.write
+        self._replay, self._queue = None, self._write
         self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
 
     def _leave(self, topics: Sequence[str]) -> None:
@@ -778,7 +792,7 @@ class Subscriber(asyncio.Protocol):
     def _retire(self) -> asyncio.TimerHandle:
         """Leave every topic, obey nothing more, and see to it that the connection ends."""
         if self._abort is None:
-            self._replay, self.deliver = None, lambda frame: False
+            self._replay, self._queue, self._idle = None, lambda frame: False, -1
             self._leave(tuple(self.topics))
             self._abort = self._loop.call_later(TIMEOUTS_S["close"], self.transport.abort)
         return self._abort
@@ -810,8 +824,7 @@ class WebSocketSubscriber(Subscriber):
         if len(self._unread) < FRAMES_READ_MAX // 2:
             self._read()
         else:
-            self.transport.pause_reading()
-            self._daemon.later(self._read)
+            self._daemon.later(self._read, self.transport)
 
     def _read(self) -> None:
         data, self._unread = self._unread, b""
@@ -838,7 +851,7 @@ class WebSocketSubscriber(Subscriber):
     def _send(self) -> None:
         for data in self._protocol.data_to_send():
             if data:
-                self.transport.write(data)
+                self._write(data)
             elif self.transport.can_write_eof():
                 with contextlib.suppress(OSError):  # it is gone, which is not known here yet
                     self.transport.write_eof()
@@ -864,7 +877,7 @@ class WebSocketSubscriber(Subscriber):
             self._drop("silent")
             self.transport.abort()
         elif self._abort is None:
-            self.transport.write(PING_FRAME)
+            self._write(b"\x89\0")  # a ping: RFC 6455 section 5.5.2
             self.tell("keepalive")
         self._unanswered += self.transport.is_reading()  # or its pongs are not seen
         self._frames = 0
@@ -1125,18 +1138,15 @@ class HTTPConnection(asyncio.Protocol):
         self._daemon, self._router = daemon, router
         self._reader = RequestReader(daemon.settings.max_message_bytes)
         self.transport: asyncio.Transport
-        self._paused = False  # by the transport, until the client has taken what is unsent
-        self._closing = False  # the last answer is written
-        self._ended = False  # the client sends nothing more
-        self._owed = False  # the answer, which comes later
+        self._paused = self._closing = False  # by the transport; since the last answer is written
+        self._ended = self._owed = False  # the client sends no more; an answer comes later
         self._state: tuple[str, object, int] = ("", None, 0)  # what it does, and how far it is
         self._deadline = 0.0  # for that, by the loop's clock
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.peer = address(transport.get_extra_info("peername"))
-        # An attribute of asyncio's socket transports (3.11 to 3.13); elsewhere it does nothing.
-        self.transport.max_size = READ_MAX  # type: ignore[attr-defined]
+        transport.max_size = READ_MAX  # known to asyncio's for sockets (3.11 to 3.13)
         self._daemon.clients.add(self)
         if self._daemon.connected > self._daemon.settings.max_connections:
             self._refuse(Refusal(503, "the server has as many connections as it may"))
@@ -1147,11 +1157,7 @@ class HTTPConnection(asyncio.Protocol):
             if len(data) < FRAMES_READ_MAX and not self._owed:
                 self._advance()
             else:
-                self._wait()
-
-    def _wait(self) -> None:
-        self.transport.pause_reading()
-        self._daemon.later(self._advance)
+                self._daemon.later(self._advance, self.transport)
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -1196,7 +1202,7 @@ class HTTPConnection(asyncio.Protocol):
             if request := next(self._reader.requests):
                 self._handle(request)
             elif request is False:
-                self._wait()
+                self._daemon.later(self._advance, self.transport)
             elif self._ended:
                 refuse_if(not self._reader.empty, 400, "the request ended early")
                 self._close()
@@ -1247,11 +1253,11 @@ class HTTPConnection(asyncio.Protocol):
         if last:
             self._close()
         elif self._ended or not self._reader.empty or not self.transport.is_reading():
-            self._wait()  # others have their turn before its next request
+            self._daemon.later(self._advance, self.transport)  # its next request
 
     def _close(self) -> None:
-        # To close a socket with bytes unread would reset it, and lose the answer: where more may
-        # come, only our side is closed, and what still comes is read and dropped for a while.
+        # A close with bytes unread would reset it, and lose the answer: where more may come, only
+        # our side is closed, and what still comes is dropped for a while.
         self._closing = True
         if self._ended or self._reader.empty or not self.transport.can_write_eof():
             self.transport.close()
@@ -1385,10 +1391,7 @@ PAGES = {"/": (CONSOLE.encode(), "text/html"), "/notiflux.js": (CLIENT.encode(),
 
 
 class LogHandler(logging.Handler):
-    """One record, one line of printable ASCII; for the journal with its priority, no time.
-
-    Nobody waits for a reader that is stuck, or reads one line again and again: it is counted.
-    """
+    """One record, one line of printable ASCII; none for a stuck reader, nor many that are alike."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         super().__init__()
@@ -1403,10 +1406,9 @@ class LogHandler(logging.Handler):
             for event, count in more.items():
                 log.warning("suppressed lines=%d event=%s", count, event.split(" ")[0])
         self._lines[record.msg] += 1
-        if self._lines[record.msg] <= LINES_MAX:
-            with contextlib.suppress(OSError):
-                if select.select([], [2], [], 0)[1]:
-                    os.write(2, f"{self.format(record)[:4000]}\n".encode())  # < PIPE_BUF
+        with contextlib.suppress(OSError):
+            if self._lines[record.msg] <= LINES_MAX and select.select([], [2], [], 0)[1]:
+                os.write(2, f"{self.format(record)[:4000]}\n".encode())  # < PIPE_BUF
 
     def format(self, record: logging.LogRecord) -> str:
         level, line = record.levelname.lower(), printable(record.getMessage(), 2000)
@@ -1478,8 +1480,7 @@ def activated_sockets(environment: Mapping[str, str]) -> list[socket.socket]:
 PREFLIGHT = {"Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS"}
 PREFLIGHT["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-Event-ID"
 CORS = (("Access-Control-Allow-Origin", "*"), ("Vary", "Origin"))
-JSON = {"Content-Type": "application/json"}
-NO_STORE = {"Cache-Control": "no-store"}
+JSON, NO_STORE = {"Content-Type": "application/json"}, {"Cache-Control": "no-store"}
 STREAM = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"} | NO_STORE  # for nginx
 
 
@@ -1487,8 +1488,7 @@ class Router:
     """Answers the requests that HTTPConnection read, at once or when a broadcast was queued."""
 
     def __init__(self, daemon: Any) -> None:
-        self._daemon, self.stopping = daemon, False
-        read = ["GET", "HEAD"]
+        self._daemon, self.stopping, read = daemon, False, ["GET", "HEAD"]
         self._routes: dict[str, tuple[list[str], Any]] = {
             "/broadcast": (["POST"], self._broadcast),
             "/ws": (read, self._websocket),
@@ -1557,9 +1557,8 @@ class Router:
     def _websocket(self, connection: Any, head: Head, data: bytes) -> WebSocketSubscriber:
         """Return the subscriber that a good handshake makes (RFC 6455 section 4.2)."""
         upgrade = "upgrade" in list_members(head, "connection") and not head.is_old
-        if not upgrade or list_members(head, "upgrade") != ["websocket"] or head.method != "GET":
-            why = "no WebSocket handshake: a proxy in front probably did not forward Upgrade"
-            raise Refusal(426, why)
+        asked = upgrade and list_members(head, "upgrade") == ["websocket"] and head.method == "GET"
+        refuse_if(not asked, 426, "no WebSocket handshake: a proxy in front must forward Upgrade")
         versions, keys = (head.headers[f"sec-websocket-{name}"] for name in ("version", "key"))
         good = len(versions) == len(keys) == 1 and re.fullmatch(r"[A-Za-z0-9+/]{22}==", keys[0])
         refuse_if(not good, 400, "a malformed WebSocket handshake")
@@ -1637,7 +1636,7 @@ class Router:
         return topics, self._authorize(head, {}, "subscribe", topics), since
 
     def _authorize(self, head: Head, body: Any, scope: str, topics: list[str]) -> Any:
-        tokens, headers = self._bearer_tokens(head), head.headers["authorization"]
+        tokens = self._bearer_tokens(head) if (headers := head.headers["authorization"]) else []
         tokens += [body["token"]] if "token" in body else []
         refuse_if(len(headers) > 1 or len(tokens) > 1, 400, "more than one token")
         refuse_if(not tokens, 401, "no token: it goes into the body, or Authorization: Bearer")
@@ -1649,7 +1648,7 @@ class Router:
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """asyncio's, but no turn takes long, and no connection a task (Python 3.11 to 3.13)."""
+    """asyncio's, but no turn is long, no connection takes a task or a ServerProtocol (to 3.13)."""
 
     def __init__(self) -> None:
         selector: Any = selectors.DefaultSelector()
@@ -1661,13 +1660,13 @@ class Loop(asyncio.SelectorEventLoop):
             selector._selector = SimpleNamespace(**same)
         super().__init__(selector)
 
-    def _accept_connection(self, factory: Any, sock: Any, *rest: Any) -> None:
+    def _accept_connection(self: Any, factory: Any, sock: Any, *rest: Any) -> None:
         if rest[0] is None:  # no TLS
             with contextlib.suppress(OSError):  # nobody waits, or no descriptor is left
                 for _ in range(ACCEPT_MAX):
                     client = sock.accept()[0]
                     client.setblocking(False)
-                    self._make_socket_transport(client, factory())  # type: ignore[attr-defined]
+                    self._make_socket_transport(client, self.new_connection())
                 return
         # One, since each that fails would put off all for a second, and say so, on its own.
         super()._accept_connection(factory, sock, *rest[:2], 1, *rest[3:])  # type: ignore[misc]
@@ -1688,10 +1687,9 @@ class Daemon:
         self.clients: set[HTTPConnection] = set()  # that may send requests
         self.beats: OrderedDict[Subscriber, float] = OrderedDict()  # and when each is due
         self.counts = defaultdict[str, Counter[Any]](Counter)  # by what, and by label
-        self._router = Router(self)
+        self._router, self._stop = Router(self), asyncio.Event()
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if settings.tls_cert_file else None
         self._load_certificate()
-        self._stop = asyncio.Event()
         self._steps, self._stepping = OrderedDict[Any, None](), False  # those that wait; at work
 
     def refused(self, peer: str, op: str, refusal: Refusal) -> None:
@@ -1699,8 +1697,10 @@ class Daemon:
         self.counts["refusals"][f'{{reason="{refusal.code}"}}'] += 1
         log.info('refused peer=%s op=%s why=%s detail="%s"', peer, op, refusal.code, refusal.detail)
 
-    def later(self, step: Callable[[], None]) -> None:
-        """Run `step` once, behind those that wait; between some of them others have their turn."""
+    def later(self, step: Callable[[], None], transport: Any = None) -> None:
+        """Run `step` once, behind those that wait; `transport`, if any, is not read until then."""
+        if transport:
+            transport.pause_reading()
         self._steps[step] = None
         if not self._stepping:
             self._stepping = True
@@ -1790,6 +1790,7 @@ class Daemon:
         # Neither is called: HTTPConnection asks the router itself, and no connection needs a task.
         how: Any = {"handler": None, "process_request": self._router.process_request}
         how |= {"create_connection": lambda *_, **__: HTTPConnection(self, self._router)}
+        cast(Any, asyncio.get_running_loop()).new_connection = how["create_connection"]
         how |= {"backlog": LISTEN_QUEUE, "ssl": self._tls}
         how |= {"ssl_handshake_timeout": self._tls and TIMEOUTS_S["head"]}
         # For each TLS connection of 3.11 to 3.13, where it is 256 KiB: held, and read at once.

@@ -4087,9 +4087,9 @@ def test_who_sends_much_waits_for_his_turn(kind, server, monkeypatch):
     """I6: of those who send as fast as they can, each is served once in a while, all are."""
     steps, later = [], server.daemon.later
 
-    def counting(step):
+    def counting(step, *transport):
         steps.append(step.__self__)
-        later(step)
+        later(step, *transport)
 
     monkeypatch.setattr(server.daemon, "later", counting)
     with contextlib.ExitStack() as stack:
