@@ -2325,6 +2325,47 @@ def test_nothing_revives_one_that_was_dropped_in_a_replay(server):
         assert subscriber.deliver(b"x") is False
 
 
+@pytest.mark.parametrize("size", [100, 1_000_000])
+def test_what_the_transport_holds_is_not_overtaken(size, server):
+    """I8: a frame is written past the transport, or the part that fits, only where that is empty."""
+    with alone(server) as (client, subscriber):
+        assert subscriber._idle >= 0
+        ours = subscriber.transport.get_extra_info("socket")
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        server.call(subscriber.deliver, b"a" * 1_000_000)  # more than the kernel takes at once
+        assert subscriber._idle == -1
+        assert subscriber.transport.get_write_buffer_size() > 0
+        server.call(subscriber._write, b"b" * 10)
+        server.call(subscriber.deliver, b"c" * 100)
+        expected = b"a" * 1_000_000 + b"b" * 10 + b"c" * 100
+        assert read_exactly(client, len(expected)) == expected
+        server.call(subscriber.deliver, b"d" * size)
+        server.call(subscriber.deliver, b"e")
+        assert read_exactly(client, size + 1) == b"d" * size + b"e"
+
+
+def test_what_cannot_be_written_past_the_transport_is_its_error(server):
+    """F: a peer that is gone is noticed as ever, and the others get theirs."""
+    with alone(server) as (client, subscriber):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+        def go():
+            client.close()
+            return [subscriber.deliver(b"x") for _ in range(3)]
+
+        assert None in server.call(go)
+        wait_for(lambda: not everyone(server.daemon))
+        assert subscriber.deliver(b"x") is False
+
+
+def test_a_connection_is_accepted_without_a_protocol_of_the_library(server, monkeypatch):
+    """What serve() makes for each would be thrown away."""
+    monkeypatch.setattr(notiflux.websockets.asyncio.server, "ServerProtocol", None)
+    with server.connect() as client:
+        client.sendall(get("/health"))
+        assert read_head(client).startswith(b"HTTP/1.1 200")
+
+
 def test_a_ping_at_a_time_in_a_replay_is_not_read(start):
     """I5: nor does one that takes nothing and pings now and then."""
     server = start(MAX_BUFFER_BYTES="100000", MAX_MESSAGE_BYTES="100000", HISTORY_SIZE="1000")
