@@ -1645,7 +1645,7 @@ def alone(server):
     with server.connect() as client:
         client.sendall(handshake())
         read_head(client)
-        (subscriber,) = everyone(server.daemon)
+        (subscriber,) = server.call(everyone, server.daemon)  # once connection_made is through
         yield client, subscriber
 
 
