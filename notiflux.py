@@ -160,27 +160,23 @@ def _finite(number: str) -> float:
     return value
 
 
-JSON_DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique,
-    parse_float=_finite,
-    parse_int=lambda digits: (len(digits) < 300 or _finite(digits)) and int(digits),
-    parse_constant=_finite,
-)
+_hooks: Any = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_constant": _finite}
+_hooks["parse_int"] = lambda digits: (len(digits) < 300 or _finite(digits)) and int(digits)
+JSON_DECODER = json.JSONDecoder(**_hooks)
 JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # one without an end, too
 LEVELS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff"), bytes({*range(256)} - {*b"[{]}"})
 
 
 def parse_json(data: bytes) -> Any:
     """Return the JSON value in `data` (RFC 8259, and no doubtful one). Raises ValueError."""
-    text = data.decode().strip(" \t\n\r")
     if data.count(b"[") + data.count(b"{") > JSON_DEPTH_MAX:
         steps = memoryview(JSON_STRING.sub(b"", data).translate(*LEVELS)).cast("b")
         if any(level > JSON_DEPTH_MAX for level in itertools.accumulate(steps)):
             raise ValueError("nested too deeply")
-    value, end = JSON_DECODER.raw_decode(text)
+    value, end = JSON_DECODER.raw_decode(text := data.decode().strip(" \t\n\r"))
     if end != len(text):
         raise ValueError("more than one value")
-    if "\\u" in text:  # the one way in for half a surrogate pair
+    if b"\\u" in data:  # the one way in for half a surrogate pair
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
 
@@ -361,7 +357,7 @@ class TokenVerifier:
         well_formed = len(token) <= TOKEN_MAX and TOKEN.fullmatch(token)
         refuse_if(not well_formed, 401, "the token is malformed")
         try:
-            raw = [base64.urlsafe_b64decode(f"{t}{'=' * (-len(t) % 4)}") for t in token.split(".")]
+            raw = [base64.urlsafe_b64decode(part + "==") for part in token.split(".")]
             header, payload = map(parse_json, raw[:2])
             odd = {"crit", "b64", "zip", "enc", "cty"} & header.keys()  # which change the meaning
             if odd or not isinstance(header.get("kid", ""), str):
@@ -386,7 +382,6 @@ class TokenVerifier:
 # --- Messages: what is sent, and what is held of it. No sockets, no tokens. ---
 
 CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f-\x9f]")
-BAD_SINCE = "since is an id, latest or all"
 SINCE = re.compile(r"latest|all|[0-9a-f]{1,32}-[0-9]{1,19}")
 
 
@@ -453,8 +448,7 @@ class History:
         self.held: OrderedDict[int, Message] = OrderedDict()  # by seq
         # A topic's seqs: the newest that is not held any more, then those that are, at least one.
         self._topics: dict[str, list[int]] = {}
-        self._forgotten = 0  # the newest seq of all topics of which nothing is held any more
-        self.bytes_held = 0
+        self.bytes_held = self._forgotten = 0  # now; the newest seq of topics with nothing held
 
     @property
     def position(self) -> str:
@@ -480,8 +474,9 @@ class History:
 
     def expire(self, now_s: float, at_most: int) -> None:
         """Forget what is too old by the monotonic clock, up to `at_most` messages."""
-        for seq, message in list(itertools.islice(self.held.items(), at_most)):
-            if now_s - message.added_s < self._seconds:
+        for _ in range(min(at_most, len(self.held))):
+            seq = next(iter(self.held))
+            if now_s - self.held[seq].added_s < self._seconds:
                 return
             self._forget(seq)
 
@@ -524,10 +519,9 @@ class Batch:
         frames = dict[Any, bytes]()  # by what made them, each once
         while self.audience and room > 0:
             subscriber = self.audience.pop()
-            frame = frames.get(subscriber.encode)
-            if frame is None:
-                frame = b"".join([subscriber.encode(message) for message, _ in self.messages])
-                frames[subscriber.encode] = frame
+            if (encode := subscriber.encode) not in frames:
+                frames[encode] = b"".join([encode(message) for message, _ in self.messages])
+            frame = frames[encode]
             self.delivered += subscriber.deliver(frame) is not False
             room -= len(frame) + DELIVERY_BYTES
         return room
@@ -587,7 +581,7 @@ class Hub:
 
         if not self._waiting and self._batch is None:
             self.call_soon(self._flush)
-        self._waiting.extend((topic, payload, is_text, sent) for topic in topics)
+        self._waiting += [(topic, payload, is_text, sent) for topic in topics]
         self._grown = True
 
     def _next_batch(self) -> Batch:
@@ -605,9 +599,8 @@ class Hub:
 
     def _flush(self) -> None:
         """Send what waits, as far as one turn of the loop may take."""
-        growing = self._grown and self._turns < GROWING_TURNS_MAX
+        room = 0 if self._grown and self._turns < GROWING_TURNS_MAX else TURN_BYTES
         self._grown, self._turns = False, self._turns + 1
-        room = 0 if growing else TURN_BYTES
         try:
             while room > 0 and (self._batch or self._waiting):
                 batch = self._batch = self._batch or self._next_batch()
@@ -659,7 +652,6 @@ class Subscriber(asyncio.Protocol):
         self._asked = asked  # an event stream's topics, claims and since
         self.topics: set[str] = set()
         self.encode = Message.event_lines
-        self.transport: asyncio.Transport
         self._queue: Callable[[bytes], Any]  # a frame: to the transport, or behind a replay
         self._idle = -1  # the socket, while nothing may be ahead of what is written to it
         self.expiring: dict[str, float] = {}  # topic: when its subscription ends, since 1970
@@ -670,7 +662,7 @@ class Subscriber(asyncio.Protocol):
         self._why = "gone"  # what ended it: that, or one of GOODBYES
 
     def connection_made(self, transport: Any) -> None:
-        self.transport = transport
+        self.transport: asyncio.Transport = transport
         self._daemon.beats[self] = self._loop.time() + self._settings.ping_interval
         self._go_live()
         self._write(self.start)
@@ -906,7 +898,7 @@ class WebSocketSubscriber(Subscriber):
         try:
             check_topics([topic])
             claims = self._daemon.verifier.authorize(token, "subscribe", [topic])
-            refuse_if(since and not SINCE.fullmatch(since), 400, BAD_SINCE)
+            refuse_if(since and not SINCE.fullmatch(since), 400, "since is an id, latest or all")
             full = topic not in self.topics and len(self.topics) >= self._settings.max_topics
             refuse_if(full, 403, "this connection has as many topics as it may")
         except Refusal as refusal:
@@ -943,7 +935,7 @@ HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]
 MEMBER = re.compile(f"[{TCHAR.decode()}]+")
 CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
-TOO_LARGE = "the body is larger than MAX_MESSAGE_BYTES"
+HEADS: dict[bytes, Head] = {}  # without a fault; one who stays sends the same again and again
 
 
 @dataclass(slots=True, eq=False)
@@ -955,7 +947,6 @@ class Head:
     query: str  # with its question mark
     is_old: bool  # HTTP/1.0
     headers: defaultdict[str, list[str]]
-    framed: bool = False  # the rest is known, and nothing is wrong with it
     length: int | None = 0  # of the body; None for a chunked one
     last: bool = False  # the client wants no answer behind this one's
     expects: bool = False  # a 100 before it sends the body: RFC 9110 section 10.1.1
@@ -999,7 +990,6 @@ def _parse_lines(head: bytes) -> tuple[bytes, defaultdict[str, list[str]]]:
     return first, headers
 
 
-@functools.lru_cache(HEADS_REMEMBERED)  # one who stays sends the same head again and again
 def _parse_head(head: bytes) -> Head:
     line, headers = _parse_lines(head)  # RFC 9112 section 2.2
     if not (match := REQUEST_LINE.fullmatch(line)):
@@ -1031,7 +1021,7 @@ def _frame(head: Head) -> None:
     refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
     refuse_if(set(list_members(head, "content-encoding")) - {"identity"}, 415, "a compressed body")
     head.last = "close" in list_members(head, "connection") or head.is_old
-    head.length, head.expects, head.framed = length, bool(expected), True
+    head.length, head.expects = length, bool(expected)
 
 
 class RequestReader:
@@ -1050,6 +1040,16 @@ class RequestReader:
         """Whether nothing is left of what was fed, not even part of a request."""
         return self.stage == "idle" and not self.buffer
 
+    def feed(self, data: bytes) -> tuple[Head, bytes] | None:
+        """Take what was received; return it at once if it is one request whose head is known."""
+        end = data.find(b"\r\n\r\n") + 4
+        head = HEADS.get(data[:end]) if self.empty else None
+        if head and head.length == len(data) - end <= self._body_max:
+            self.head = head
+            return head, data[end:]
+        self.buffer += data
+        return None
+
     def _read(self) -> Generator[Any, None, None]:
         while True:
             while not self.buffer:
@@ -1057,11 +1057,14 @@ class RequestReader:
             self.stage, self.head = "head", None
             while not (end := self._head_end()):
                 yield None
-            self.head = head = _parse_head(bytes(self.buffer[:end]))
-            if not head.framed:
+            if not (head := HEADS.get(raw := bytes(self.buffer[:end]))):
+                self.head = head = _parse_head(raw)
                 _frame(head)
+                if len(HEADS) == HEADS_REMEMBERED:
+                    HEADS.clear()
+            self.head = HEADS[raw] = head
             length = head.length or 0
-            refuse_if(length > self._body_max, 413, TOO_LARGE)
+            refuse_if(length > self._body_max, 413, "the body is over MAX_MESSAGE_BYTES")
             self.stage = "body"
             self.wants_continue = head.expects and head.length != 0 and len(self.buffer) == end
             while len(self.buffer) < end + length:
@@ -1078,9 +1081,8 @@ class RequestReader:
         if (end := self.buffer.find(b"\r\n\r\n", 0, HEAD_MAX)) >= 0:
             return end + 4
         _check_lines(self.buffer)
-        if len(self.buffer) >= HEAD_MAX:
-            long = self.buffer.find(b"\n", 0, LINE_MAX + 2) < 0
-            raise Refusal(414 if long else 431, "a line, or all lines together, are too long")
+        status = 414 if self.buffer.find(b"\n", 0, LINE_MAX + 2) < 0 else 431
+        refuse_if(len(self.buffer) >= HEAD_MAX, status, "a line, or all of them, are too long")
         return 0
 
     def _chunks(self) -> Generator[Any, None, bytes]:
@@ -1095,7 +1097,7 @@ class RequestReader:
             if not (match := CHUNK_LINE.fullmatch(self.buffer[:end])):
                 raise Refusal(400, "a malformed chunk")
             size = int(match[1], 16)
-            refuse_if(len(body) + size > self._body_max, 413, TOO_LARGE)
+            refuse_if(len(body) + size > self._body_max, 413, "the body is over MAX_MESSAGE_BYTES")
             del self.buffer[:end]  # but not its CRLF, so that what follows has one on both sides
             if size == 0:
                 break
@@ -1137,14 +1139,13 @@ class HTTPConnection(asyncio.Protocol):
     def __init__(self, daemon: Any, router: Any) -> None:
         self._daemon, self._router = daemon, router
         self._reader = RequestReader(daemon.settings.max_message_bytes)
-        self.transport: asyncio.Transport
         self._paused = self._closing = False  # by the transport; since the last answer is written
         self._ended = self._owed = False  # the client sends no more; an answer comes later
         self._state: tuple[str, object, int] = ("", None, 0)  # what it does, and how far it is
         self._deadline = 0.0  # for that, by the loop's clock
 
     def connection_made(self, transport: Any) -> None:
-        self.transport = transport
+        self.transport: asyncio.Transport = transport
         self.peer = address(transport.get_extra_info("peername"))
         transport.max_size = READ_MAX  # known to asyncio's for sockets (3.11 to 3.13)
         self._daemon.clients.add(self)
@@ -1152,12 +1153,11 @@ class HTTPConnection(asyncio.Protocol):
             self._refuse(Refusal(503, "the server has as many connections as it may"))
 
     def data_received(self, data: bytes) -> None:
-        if not self._closing:
+        if len(data) < FRAMES_READ_MAX and not (self._closing or self._paused or self._owed):
+            self._advance(self._reader.feed(data))
+        elif not self._closing:
             self._reader.buffer += data
-            if len(data) < FRAMES_READ_MAX and not self._owed:
-                self._advance()
-            else:
-                self._daemon.later(self._advance, self.transport)
+            self._daemon.later(self._advance, self.transport)
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -1195,11 +1195,11 @@ class HTTPConnection(asyncio.Protocol):
         elif late:
             self._refuse(Refusal(408, f"the {doing} took too long"))
 
-    def _advance(self) -> None:
+    def _advance(self, request: Any = None) -> None:
         if self._closing or self._paused or self._owed:
             return
         try:
-            if request := next(self._reader.requests):
+            if request := request or next(self._reader.requests):
                 self._handle(request)
             elif request is False:
                 self._daemon.later(self._advance, self.transport)
@@ -1236,10 +1236,9 @@ class HTTPConnection(asyncio.Protocol):
     def _refuse(self, refusal: Refusal) -> None:
         self.answer(self._router.refuse(self, self._reader.head, refusal), True)
 
-    def _head(self, response: Response, last: bool = False) -> bytes:
-        self._daemon.counts["http_requests"][f'{{code="{response.status}"}}'] += 1
-        about = response.status, response.headers, len(response.body)
-        return _render(*about, last, int(time.time()))
+    def _head(self, answer: Response, last: bool = False) -> bytes:
+        self._daemon.counts["http_requests"][f'{{code="{answer.status}"}}'] += 1
+        return _render(answer.status, answer.headers, len(answer.body), last, int(time.time()))
 
     def answer(self, response: Response, last: bool = False) -> None:
         """Write an answer, unless the last one is written already."""
@@ -1294,8 +1293,7 @@ export class Notiflux {
     this.#watch(); this.#options.onstatus({state: "connecting"});
   }
   #leave(state) {
-    const socket = this.#socket;
-    [this.#socket, this.#ready] = [undefined, false];  // what it still says comes too late
+    const socket = this.#socket; this.#ready = false; this.#socket = undefined;  // deaf to it now
     clearTimeout(this.#timer); socket?.close(); this.#options.onstatus({state});
   }
   #retry() {
@@ -1424,13 +1422,12 @@ class LogHandler(logging.Handler):
 
 def exposition(daemon: Any) -> bytes:
     """Return the metrics in Prometheus' text format, in the same time whoever is connected."""
-    hub, history, counts, resident = daemon.hub, daemon.hub.history, daemon.counts, 0
+    hub, history, counts, resident, lines = daemon.hub, daemon.hub.history, daemon.counts, 0, []
     with contextlib.suppress(OSError):  # Linux has it
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     broadcasts, below = sum(hub.took), itertools.accumulate(hub.took)
     took = {f'_bucket{{le="{le}"}}': n for le, n in zip((*TOOK_S, "+Inf"), below, strict=True)}
     took |= {"_sum": hub.took_s, "_count": broadcasts}
-    lines = []
     for name, kind, about, value in (
         ("notiflux_connections", "gauge", "Open connections", daemon.connected),
         ("notiflux_subscriptions", "gauge", "Topics of all subscribers", hub.subscriptions),
@@ -1466,8 +1463,7 @@ def activated_sockets(environment: Mapping[str, str]) -> list[socket.socket]:
     if environment.get("LISTEN_PID") != str(os.getpid()):
         return []
     try:
-        count = int(environment.get("LISTEN_FDS", ""))
-        found = [socket.socket(fileno=3 + number) for number in range(count)]
+        found = [socket.socket(fileno=3 + n) for n in range(int(environment.get("LISTEN_FDS", "")))]
         if not all(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for one in found):
             raise ValueError
     except (OSError, ValueError) as exc:
@@ -1482,6 +1478,7 @@ PREFLIGHT["Access-Control-Allow-Headers"] = "Authorization, Content-Type, Last-E
 CORS = (("Access-Control-Allow-Origin", "*"), ("Vary", "Origin"))
 JSON, NO_STORE = {"Content-Type": "application/json"}, {"Cache-Control": "no-store"}
 STREAM = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"} | NO_STORE  # for nginx
+PLAIN = {"topic", "message", "token"}  # most broadcasts have these, and nothing else
 
 
 class Router:
@@ -1501,11 +1498,10 @@ class Router:
 
     def process_request(self, connection: Any, request: Any) -> Any:
         """Return a Response, a subscriber that takes over the connection, or None for later."""
-        head, data = request
         try:
-            return self._route(head)(connection, head, data)
+            return self._route(request[0])(connection, *request)
         except Refusal as refusal:
-            return self.refuse(connection, head, refusal)
+            return self.refuse(connection, request[0], refusal)
 
     def refuse(self, connection: Any, head: Head | None, refusal: Refusal) -> Response:
         """Return the answer that says no, and log it; `head` as far as it was read."""
@@ -1518,9 +1514,8 @@ class Router:
         if origins := head.headers["origin"]:
             refuse_if(len(origins) > 1, 400, "more than one Origin header")
             refuse_if(not self._open(head), 403, "this origin is not one of ALLOWED_ORIGINS")
-        methods, answer = self._routes.get(head.path, ([], None))
-        if head.query and head.path not in ("/sse", "/messages"):
-            answer = None
+        path = head.path if not head.query or head.path in ("/sse", "/messages") else ""
+        methods, answer = self._routes.get(path, ([], None))
         if head.method == "OPTIONS" and (answer or head.path == "*"):
             return lambda *_: self._respond(head, 204, b"", PREFLIGHT)
         if answer is None:
@@ -1591,12 +1586,18 @@ class Router:
         except ValueError as exc:
             raise Refusal(400, "the body is not JSON") from exc
         refuse_if(not isinstance(body, dict), 400, "the body is not a JSON object")
-        refuse_if(("topic" in body) == ("topics" in body), 400, "either topic or topics is needed")
-        topics = [body["topic"]] if "topic" in body else body["topics"]
-        refuse_if(not CLAIMS["topics"](topics), 400, "topic is a string, topics a list of strings")
-        topics = check_topics(topics, limit=1000)
-        refuse_if("message" not in body, 400, "message is missing")
-        self._authorize(head, body, "broadcast", topics)
+        plain = body.keys() == PLAIN and not head.headers["authorization"]
+        topic, token = (body["topic"], body["token"]) if plain else ("", "")
+        if type(topic) is type(token) is str and token and topic in self._daemon.hub.topics:
+            topics = [topic]  # to which somebody listens, so it is a good one
+            self._daemon.verifier.authorize(token, "broadcast", topics)
+        else:
+            refuse_if(("topic" in body) == ("topics" in body), 400, "needs either topic or topics")
+            topics = [body["topic"]] if "topic" in body else body["topics"]
+            refuse_if(not CLAIMS["topics"](topics), 400, "topic is a string, topics a list of them")
+            topics = check_topics(topics, limit=1000)
+            refuse_if("message" not in body, 400, "message is missing")
+            self._authorize(head, body, "broadcast", topics)
 
         def done(message_id: str, delivered: int) -> None:
             content = f'{{"id": "{message_id}", "delivered": {delivered}}}\n'.encode()
@@ -1632,7 +1633,7 @@ class Router:
         refuse_if(not known, 400, "a query has topics, and one since at most; no token")
         topics = check_topics(topics, self._daemon.settings.max_topics)
         since = ([v for v in head.headers["last-event-id"] if v] or sinces or [""])[0]
-        refuse_if(since and not SINCE.fullmatch(since), 400, BAD_SINCE)
+        refuse_if(since and not SINCE.fullmatch(since), 400, "since is an id, latest or all")
         return topics, self._authorize(head, {}, "subscribe", topics), since
 
     def _authorize(self, head: Head, body: Any, scope: str, topics: list[str]) -> Any:
@@ -1655,9 +1656,8 @@ class Loop(asyncio.SelectorEventLoop):
         epoll: Any = getattr(selector, "_selector", None)
         if hasattr(epoll, "poll"):  # Linux: READY_MAX sockets in a turn, each when it is its turn
             names = "register", "modify", "unregister", "close", "fileno"
-            same: dict[str, Any] = {name: getattr(epoll, name) for name in names}
-            same["poll"] = lambda wait_s, most: epoll.poll(wait_s, min(most, READY_MAX))
-            selector._selector = SimpleNamespace(**same)
+            same = selector._selector = SimpleNamespace(**{n: getattr(epoll, n) for n in names})
+            same.poll = lambda wait_s, most: epoll.poll(wait_s, min(most, READY_MAX))
         super().__init__(selector)
 
     def _accept_connection(self: Any, factory: Any, sock: Any, *rest: Any) -> None:

@@ -2705,6 +2705,10 @@ def test_a_poll_gets_so_much_at_a_time(start):
 # --- HTTP: the reader ---
 
 
+def about_request(head, body):
+    return head.method, head.path, head.query, head.is_old, head.headers, head.last, body
+
+
 def outcome(pieces, body_max=1000):
     """Feed a reader and return what it made of it: requests, and the refusal that ended it."""
     reader = notiflux.RequestReader(body_max)
@@ -2713,11 +2717,8 @@ def outcome(pieces, body_max=1000):
         for piece in pieces:
             reader.buffer += piece
             while (request := next(reader.requests)) is not None:
-                if request is False:  # enough for one step
-                    continue
-                head, body = request
-                about = head.method, head.path, head.query, head.is_old, head.headers
-                seen.append((*about, head.last, body))
+                if request is not False:  # enough for one step
+                    seen.append(about_request(*request))
     except notiflux.Refusal as refusal:
         return [*seen, (refusal.status, refusal.detail)]
     return [*seen, reader.empty]
@@ -3054,6 +3055,107 @@ def test_how_bytes_are_cut_never_matters(name, data, statuses, seed):
         cuts = sorted(chance.randrange(len(data) + 1) for _ in range(chance.randrange(6)))
         pieces = [data[a:b] for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True)]
         assert outcome(pieces) == whole
+    if request := notiflux.RequestReader(1000).feed(data):  # in one read, its head known by now
+        assert whole == [about_request(*request), True]
+
+
+def test_only_one_request_in_one_read_takes_the_short_way():
+    """What it is for does take it; not a part, nor two, nor a body of another length."""
+    request = post(b"{}", "X-Known: yes")
+    reader = notiflux.RequestReader(1000)
+    assert reader.feed(request) is None  # nobody has sent that head
+    assert next(reader.requests)[1] == b"{}"
+    assert reader.feed(request)[1] == b"{}" and reader.empty
+    for odd in (b"", request[:9], request[:-2], request[:-1], request + b"x", request * 2):
+        reader = notiflux.RequestReader(1000)
+        assert reader.feed(odd) is None and reader.buffer == odd
+    assert notiflux.RequestReader(1).feed(request) is None
+    reader = notiflux.RequestReader(1000)
+    reader.feed(b"P")
+    assert reader.feed(request) is None
+
+
+def test_heads_that_are_known_have_a_bound():
+    """I5: as many different ones as one likes, and only faultless ones."""
+    for number in range(3 * notiflux.HEADS_REMEMBERED):
+        outcome([get("/health", f"X: {number}"), post(b"", f"Content-Length: {number}")])
+    assert 0 < len(notiflux.HEADS) <= notiflux.HEADS_REMEMBERED
+    assert all(raw.startswith(b"GET") for raw in list(notiflux.HEADS)[-9:])
+
+
+def test_a_head_that_another_daemon_read_is_measured_again(start):
+    """Two in one process: each has its own MAX_MESSAGE_BYTES."""
+    large, small = start(), start(MAX_MESSAGE_BYTES="100")
+    for _ in range(2):
+        assert [answer.status for answer in large.ask(post(BODY))] == [200]
+        assert [answer.status for answer in small.ask(post(BODY))] == [413]
+
+
+def odd_broadcasts(chance, count):
+    """Return broadcasts at random, of which a third are good; some heads and bodies are odd."""
+    good = make_token(scope="broadcast", topics=["news", "unheard", "é"])
+    tokens = [good] * 9 + [make_token(), make_token(key=OTHER_KEY), "", "a.b.c", 5, None, ...]
+    tokens += [make_token(scope="broadcast", **odd) for odd in ({"exp": 1}, {"topics": ["x"]})]
+    topics = ["news"] * 9 + ["é", "unheard", "", "a\nb", "x" * 513, 5, None, ["news"], ...]
+    messages = ["hello", "é\n", "", 5, None, {"a": [1]}, ...]
+    headers = ["Origin: http://a", "Connection: close", "X: y", f"Authorization: Bearer {good}"]
+    for _ in range(count):
+        pairs = [("topic", chance.choice(topics)), ("token", chance.choice(tokens))]
+        pairs += [("message", chance.choice(messages))]
+        pairs += [(chance.choice(["topics", "x", "token"]), ["news"])] * (chance.random() < 0.1)
+        chance.shuffle(pairs)
+        members = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in pairs if one != ...]
+        body = f"{{{', '.join(members)}}}"[: chance.choice([-1, *[None] * 9])].encode()
+        some = [chance.choice(headers)] * (chance.random() < 0.2)
+        yield post(body, *some, version=chance.choice(["1.1"] * 9 + ["1.0"]))
+
+
+def test_what_is_well_known_is_done_as_ever(start, seed, lines, monkeypatch):
+    """With a known head and a usual body, or the long way: the same answers, and the same done."""
+    requests = list(odd_broadcasts(random.Random(seed), 400))
+
+    def what_is_done():
+        server, listener, client, answers = start(), Listener(), None, []
+        for topic in ("news", "é"):
+            server.call(server.daemon.hub.subscribe, listener, topic)
+        for request in requests:
+            client = client or server.connect()
+            client.sendall(request)
+            head = read_head(client).decode("latin-1")
+            body = read_exactly(client, int(re.search(r"Content-Length: (\d+)", head)[1]))
+            answers.append((re.sub(r"Date: .*", "", head), re.sub(rb'"\w{8}-', b'"', body)))
+            if "Connection: close" in head:
+                client = client.close()
+        if client:
+            client.close()
+        for topic in ("news", "é"):
+            server.call(server.daemon.hub.unsubscribe, listener, topic)
+        hub, counts = server.daemon.hub, server.daemon.counts
+        heard = re.sub(rb" \w{8}-", b" ", b"".join(listener.frames))
+        assert hub.deliveries > 20
+        held = [(message.topic, message.payload) for message in hub.history.held.values()]
+        return answers, heard, held, hub.deliveries, sum(hub.took), dict(counts)
+
+    def refused():
+        return [re.sub(r"peer=\S+", "", line) for line in lines() if "refused" in line]
+
+    short, short_refused = what_is_done(), refused()
+    monkeypatch.setattr(notiflux.RequestReader, "feed", lambda self, data: self.buffer.extend(data))
+    monkeypatch.setattr(notiflux, "PLAIN", None)
+    assert what_is_done() == short
+    assert refused() == short_refused * 2
+
+
+def test_what_comes_behind_the_last_answer_is_not_done(server):
+    """I1: not even a whole request with a known head, while the connection lingers."""
+    server.publish()
+    with server.connect() as client:
+        before = server.call(lambda: server.daemon.hub.history.position)
+        client.sendall(get("/health", "Connection: close") + b"POST")
+        assert receive_all(client).startswith(b"HTTP/1.1 200")
+        client.sendall(post(BODY))
+        wait_for(lambda: not everyone(server.daemon))
+        assert server.call(lambda: server.daemon.hub.history.position) == before
 
 
 def test_random_bytes_are_read_or_refused(seed):
