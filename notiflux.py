@@ -389,8 +389,9 @@ def check_topics(topics: list[str], limit: int = 1) -> list[str]:
     """Return each topic once. Raises Refusal for a bad one, for none, and for more than `limit`."""
     refuse_if(not 1 <= len(topics) <= limit, 400, f"at least one topic, and at most {limit}")
     for topic in topics:
-        refuse_if(not 1 <= len(topic.encode()) <= TOPIC_MAX, 400, "a topic is 1 to 512 bytes long")
-        refuse_if(CONTROL_CHARACTER.search(topic), 400, "a topic has no control characters")
+        if not (0 < len(topic) <= TOPIC_MAX and topic.isascii() and topic.isprintable()):
+            refuse_if(not 1 <= len(topic.encode()) <= TOPIC_MAX, 400, "a topic has 1 to 512 bytes")
+            refuse_if(CONTROL_CHARACTER.search(topic), 400, "a topic has no control characters")
     return list(dict.fromkeys(topics)) if len(topics) > 1 else topics
 
 
@@ -1587,10 +1588,9 @@ class Router:
             raise Refusal(400, "the body is not JSON") from exc
         refuse_if(not isinstance(body, dict), 400, "the body is not a JSON object")
         plain = body.keys() == PLAIN and not head.headers["authorization"]
-        topic, token = (body["topic"], body["token"]) if plain else ("", "")
-        if type(topic) is type(token) is str and token and topic in self._daemon.hub.topics:
-            topics = [topic]  # to which somebody listens, so it is a good one
-            self._daemon.verifier.authorize(token, "broadcast", topics)
+        if plain and type(body["topic"]) is type(body["token"]) is str and body["token"]:
+            topics = check_topics([body["topic"]])
+            self._daemon.verifier.authorize(body["token"], "broadcast", topics)
         else:
             refuse_if(("topic" in body) == ("topics" in body), 400, "needs either topic or topics")
             topics = [body["topic"]] if "topic" in body else body["topics"]

@@ -1394,11 +1394,11 @@ PLAIN_COMMANDS = [  # what is sent, what is answered; None is silence
     ),
     (
         f"/subscribe {'x' * 513} TOKEN",
-        f"Not allowed to subscribe to {'x' * 513}: a topic is 1 to 512 bytes long",
+        f"Not allowed to subscribe to {'x' * 513}: a topic has 1 to 512 bytes",
     ),
     (
         f"/subscribe {'é' * 257} TOKEN",
-        f"Not allowed to subscribe to {'é' * 257}: a topic is 1 to 512 bytes long",
+        f"Not allowed to subscribe to {'é' * 257}: a topic has 1 to 512 bytes",
     ),
 ]
 
