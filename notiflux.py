@@ -646,6 +646,8 @@ class Subscriber(asyncio.Protocol):
     Dropped where more than MAX_BUFFER_BYTES are unsent; a replay goes out piece by piece.
     """
 
+    __slots__ = "__dict__", "__weakref__", "_idle", "_queue", "encode"  # what each delivery reads
+
     def __init__(self, daemon: Any, peer: str, response: Any, *asked: Any) -> None:
         self._daemon, self._hub, self._settings = daemon, daemon.hub, daemon.settings
         self._loop = asyncio.get_running_loop()
@@ -1613,8 +1615,7 @@ class Router:
         return Subscriber(self._daemon, connection.peer, start, *query)
 
     def _messages(self, connection: Any, head: Head, data: bytes) -> Response:
-        topics, _, since = self._query(head)
-        history = self._daemon.hub.history
+        (topics, _, since), history = self._query(head), self._daemon.hub.history
         held, recovered = history.since(topics, since or "all")
         sizes = itertools.accumulate(message.size for message in held)
         some = [m for m, n in zip(held, sizes, strict=True) if n <= 4 * BATCH_MAX] or held[:1]
@@ -1870,9 +1871,8 @@ def _private_key(path: str) -> ec.EllipticCurvePrivateKey:
     raise CommandError(f"{path}: expected an EC P-256 private key in PEM")
 
 
-def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], expires_s: float) -> str:
-    exp = int(time.time() + expires_s)
-    claims = {"sub": "notiflux", "exp": exp, "scope": scope, "topics": topics}
+def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], life_s: float) -> str:
+    claims = {"sub": "notiflux", "exp": int(time.time() + life_s), "scope": scope, "topics": topics}
     return jwt.encode(claims | ({"topic_prefixes": prefixes} if prefixes else {}), key, "ES256")
 
 
