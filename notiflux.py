@@ -59,8 +59,7 @@ try:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from websockets.frames import Frame, Opcode
-    from websockets.protocol import State
-    from websockets.server import ServerProtocol
+    from websockets.protocol import Protocol, Side, State
     from websockets.utils import accept_key
 
     for _package, *_floor in ((websockets, 15, 0, 1), (jwt, 2, 10, 1), (cryptography, 43, 0, 0)):
@@ -372,8 +371,8 @@ class TokenVerifier:
         refuse_if("aud" in payload, 401, "the token is for another audience: it has a claim aud")
         needed = ["sub", "scope", "exp"] + ["topics"] * ("topic_prefixes" not in payload)
         for name, is_good in CLAIMS.items():
-            wrong = not is_good(payload[name]) if name in payload else name in needed
-            refuse_if(wrong, 401, f"the token's claim {name} is missing or wrong")
+            if not is_good(payload[name]) if name in payload else name in needed:
+                raise Refusal(401, f"the token's claim {name} is missing or wrong")
         get = payload.get
         grants = frozenset(get("topics", ())), tuple(get("topic_prefixes", ()))
         return Claims(get("scope"), *grants, get("exp"), get("nbf", 0), get("expire_at", math.inf))
@@ -800,7 +799,7 @@ class WebSocketSubscriber(Subscriber):
         super().__init__(daemon, peer, response)
         self.encode = Message.json_frame if json_mode else Message.plain_frame
         self._json_mode = json_mode
-        self._protocol: Any = ServerProtocol(state=State.OPEN, max_size=COMMAND_MAX)
+        self._protocol: Any = Protocol(Side.SERVER, state=State.OPEN, max_size=COMMAND_MAX)
         self._unread, self._is_text, self._received = b"", False, b""  # frames; a command so far
         self._refused = self._unanswered = self._frames = 0  # commands; pings; since the last ping
 
@@ -1665,9 +1664,10 @@ class Loop(asyncio.SelectorEventLoop):
         if rest[0] is None:  # no TLS
             with contextlib.suppress(OSError):  # nobody waits, or no descriptor is left
                 for _ in range(ACCEPT_MAX):
-                    client = sock.accept()[0]
+                    client, peer = sock.accept()
                     client.setblocking(False)
-                    self._make_socket_transport(client, self.new_connection())
+                    extra = {"peername": peer}  # or it would be asked for
+                    self._make_socket_transport(client, self.new_connection(), extra=extra)
                 return
         # One, since each that fails would put off all for a second, and say so, on its own.
         super()._accept_connection(factory, sock, *rest[:2], 1, *rest[3:])  # type: ignore[misc]
