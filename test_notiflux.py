@@ -3158,6 +3158,23 @@ def test_what_comes_behind_the_last_answer_is_not_done(server):
         assert server.call(lambda: server.daemon.hub.history.position) == before
 
 
+def test_what_comes_while_nothing_can_be_written_waits(server):
+    """I1: with TLS a request may still come then; it is answered later, its head known or not."""
+    with server.connect() as client:
+        client.sendall(get())
+        read_head(client)
+        assert read_exactly(client, 17) == b'{"status": "ok"}\n'
+        (connection,) = server.call(everyone, server.daemon)
+
+        def go():
+            connection.pause_writing()
+            connection.data_received(get())
+            connection.resume_writing()
+
+        server.call(go)
+        assert read_head(client).startswith(b"HTTP/1.1 200")
+
+
 def test_random_bytes_are_read_or_refused(seed):
     """Bytes made of pieces of requests, at random: a request, a Refusal, or a wait for more."""
     chance = random.Random(seed)
