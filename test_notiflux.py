@@ -2706,7 +2706,8 @@ def test_a_poll_gets_so_much_at_a_time(start):
 
 
 def about_request(head, body):
-    return head.method, head.path, head.query, head.is_old, head.headers, head.last, body
+    headers = {name: values for name, values in head.headers.items() if values}  # as was received
+    return head.method, head.path, head.query, head.is_old, headers, head.last, body
 
 
 def outcome(pieces, body_max=1000):
