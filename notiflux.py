@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):
-    sys.exit("notiflux: needs Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
+if sys.version_info < (3, 11) or sys.platform != "linux":  # which has epoll
+    sys.exit("notiflux: needs Linux and Python 3.11 or newer, this is %d.%d" % sys.version_info[:2])
 
 import argparse
 import asyncio
@@ -27,7 +27,7 @@ import contextlib
 import errno
 import functools
 import gc
-import http
+import http.client
 import ipaddress
 import itertools
 import json
@@ -37,7 +37,6 @@ import os
 import re
 import resource
 import select
-import selectors
 import signal
 import socket
 import ssl
@@ -47,8 +46,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 VERSION = "0.1.0"
 INSTALL = "python3 -m venv venv && venv/bin/pip install 'websockets<18' 'PyJWT<3' cryptography"
@@ -70,39 +68,28 @@ except (ImportError, ValueError) as exc:  # ValueError: websockets reads variabl
     sys.exit(f"notiflux: cannot use a package ({exc}); to run it with venv/bin/python: {INSTALL}")
 
 LEEWAY_S = 60  # how far clocks may drift apart before a token is refused
-TOKEN_MAX = 8 * 1024  # bytes of a token, before anything looks at it
-TOKENS_REMEMBERED = 1024  # verified tokens kept, at most 8 MiB of them
+TOKEN_MAX, TOKENS_REMEMBERED = 8 * 1024, 1024  # bytes of one; those kept once verified: 8 MiB
 STRANGER_MAX = 16 * 1024  # bytes of a body that is parsed before a good token was seen
-TOPIC_MAX = 512  # bytes of a topic in UTF-8
-JSON_DEPTH_MAX = 64
+TOPIC_MAX, JSON_DEPTH_MAX = 512, 64  # bytes of a topic in UTF-8; arrays and objects in one another
 MESSAGE_OVERHEAD = 700  # bytes it takes to hold a message, beside its text and its topic's
-REPLAY_PIECE = 16 * 1024  # bytes of a replay that may be unsent, or are sent in one turn
-BATCH_MAX = 64 * 1024  # bytes of messages that leave in one write, about
-GROWING_TURNS_MAX = 8  # turns of the loop that a batch may grow in before it leaves
+REPLAY_PIECE, BATCH_MAX = 16 * 1024, 64 * 1024  # bytes unsent, or sent in a turn; in one write
 TURN_BYTES = 8 * 1024 * 1024  # of frames that are written in one turn of the loop: some 20 ms
 DELIVERY_BYTES = 4 * 1024  # that each write counts as besides, since short ones take time, too
-COMMAND_MAX = 16 * 1024  # bytes of a command: a token, a topic and room to spare
-COMMANDS_REFUSED_MAX = 16
+COMMAND_MAX, COMMANDS_REFUSED_MAX = 16 * 1024, 16  # bytes of one: a token, a topic, room to spare
 LINE_MAX = 8 * 1024  # bytes of the request line, and of one header line, without CRLF
-HEAD_MAX = 16 * 1024  # bytes of a whole head, with its empty line
-HEADERS_MAX = 64
+HEAD_MAX, HEADERS_MAX = 16 * 1024, 64  # bytes of a whole head with its empty line; header lines
 HEADS_REMEMBERED = 128  # that were read without a fault, at most 2 MiB of them
-CHUNKS_MAX = 256  # that are read in one step: the smallest take a millisecond
-CHUNK_LINE_MAX = 256  # bytes of a chunk's size line; extensions are short where they exist
-READ_MAX = 32 * 1024  # bytes read at once, so that no peer keeps the loop busy for long
+CHUNKS_MAX, CHUNK_LINE_MAX = 256, 256  # in one step: some 1 ms; bytes of a size line
+UNSENT_MAX, READ_MAX = 64 * 1024, 32 * 1024  # bytes: unsent before more is read; read at once
 FRAMES_READ_MAX = 1024  # the same of frames, of which an empty one has 6; of HTTP without a step
 FRAMES_MAX = 5_000  # from one peer between two pings, or two for each of MAX_TOPICS
-ACCEPT_MAX = 8  # connections taken in one turn; it takes some turns until a surplus one is gone
-LISTEN_QUEUE = 4096  # connections that wait in the kernel
+ACCEPT_MAX, LISTEN_QUEUE = 8, 4096  # connections taken in one turn; that wait in the kernel
 # write: without progress; linger: after our half has closed; close: for a subscriber to go.
 TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5, "close": 10}
-READY_MAX = 64  # sockets that are looked at in one turn of the loop: some 20 ms
+READY_MAX, BEATS_MAX = 64, 500  # sockets looked at in one turn: some 20 ms; subscribers pinged
 TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # of a broadcast
 LINES_MAX = 100  # of one event in the log in a second; what is more is counted
-BEATS_MAX = 500  # subscribers who get a sign of life in one turn of the loop
-STEPS_S = 0.005  # in one turn of the loop, for what can wait: the next request of a pipeline
-SWEEP_S = 1.0  # between two looks at every connection's deadline
-
+TURN_S, SWEEP_S = 0.005, 1.0  # for who is ready, and for what can wait; between looks at deadlines
 log = logging.getLogger("notiflux")
 
 
@@ -133,7 +120,7 @@ class Refusal(Exception):
         self.status, self.detail = status, detail
         known = {400: "invalid_request", 401: "invalid_token"}
         self.code = code or known.get(status) or PHRASES[status].lower().replace(" ", "_")
-        self.headers = STATUS_HEADERS.get(status, {}) | headers
+        self.headers = STATUS_HEADERS.get(status, {}) | headers  # RFC 6750, RFC 6455 section 4.4
 
 
 def refuse_if(condition: object, status: int, detail: str) -> None:
@@ -162,45 +149,40 @@ def _finite(number: str) -> float:
 _hooks: Any = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_constant": _finite}
 _hooks["parse_int"] = lambda digits: (len(digits) < 300 or _finite(digits)) and int(digits)
 JSON_DECODER = json.JSONDecoder(**_hooks)
+dump_json = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))  # compact
 JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # one without an end, too
 LEVELS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff"), bytes({*range(256)} - {*b"[{]}"})
 
 
 def parse_json(data: bytes) -> Any:
     """Return the JSON value in `data` (RFC 8259, and no doubtful one). Raises ValueError."""
-    if data.count(b"[") + data.count(b"{") > JSON_DEPTH_MAX:
+    nested = b"[" in data or data.find(b"{", 1) > 0  # to look is cheap, to count is not
+    if nested and data.count(b"[") + data.count(b"{") > JSON_DEPTH_MAX:
         steps = memoryview(JSON_STRING.sub(b"", data).translate(*LEVELS)).cast("b")
         if any(level > JSON_DEPTH_MAX for level in itertools.accumulate(steps)):
             raise ValueError("nested too deeply")
     value, end = JSON_DECODER.raw_decode(text := data.decode().strip(" \t\n\r"))
     if end != len(text):
         raise ValueError("more than one value")
-    if b"\\u" in data:  # the one way in for half a surrogate pair
+    if b"\\" in data and b"\\u" in data:  # the one way in for half a surrogate pair
         json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     return value
-
-
-# Compact JSON text of a value, its characters as they are.
-dump_json = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
 
 
 # --- Settings: what can be set. One table; parsing, errors and help all come from it. ---
 
 
-def _like(pattern: str, expected: str, convert: Callable[[str], Any], *limits: float) -> Any:
-    def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError):  # whose words are not ours
-            good = re.fullmatch(pattern, text := text.lower())
-            if good and (not limits or limits[0] <= float(text) <= limits[1]):
-                return convert(text)
-        raise ValueError(expected.format(*limits))
-
-    return parse
+def _parse(pattern: str, expected: str, convert: Any, text: str, *limits: float) -> Any:
+    with contextlib.suppress(ValueError):  # whose words are not ours
+        good = re.fullmatch(pattern, text := text.lower())
+        if good and (not limits or limits[0] <= float(text) <= limits[1]):
+            return convert(text)
+    raise ValueError(expected.format(*limits))
 
 
-_whole = functools.partial(_like, r"[0-9]{1,18}", "a whole number from {} to {}", int)
-SECONDS = r"[0-9]{1,9}(\.[0-9]{1,9})?"
-_seconds = functools.partial(_like, SECONDS, "seconds from {} to {}", json.loads)  # 15: an int
+_like = functools.partial(functools.partial, _parse)  # pattern, expected, convert
+_whole = _like(r"[0-9]{1,18}", "a whole number from {} to {}", int)
+_seconds = _like(r"[0-9]{1,9}(\.[0-9]{1,9})?", "seconds from {} to {}", json.loads)  # 15: an int
 _level = _like("debug|info|warning|error", "debug, info, warning or error", str)
 ORIGIN = r"\s*[a-z][a-z0-9+.-]*://[^/\s,]+\s*"
 ORIGINS = "origins such as https://example.org, separated by commas"
@@ -209,10 +191,10 @@ NETWORKS = "addresses or networks such as 127.0.0.1,10.0.0.0/8, separated by com
 _networks = _like(r"\S+", NETWORKS, lambda t: [*map(ipaddress.ip_network, t.split(","))])
 
 
-def setting(parse: Callable[[str], Any], default: str, meaning: str) -> Any:
+def setting(parse: Callable[..., Any], default: str, meaning: str, *limits: float) -> Any:
     """Declare a setting. Its `parse` raises ValueError with what it expects; "" is unset."""
-    value = parse(default) if default else None
-    return field(default=value, metadata={"parse": parse, "default": default, "meaning": meaning})
+    about = {"parse": lambda text: parse(text, *limits), "default": default, "meaning": meaning}
+    return field(default=parse(default, *limits) if default else None, metadata=about)
 
 
 @dataclass(frozen=True)
@@ -220,18 +202,18 @@ class Settings:
     """Every setting; the environment variable has the field's name in capitals."""
 
     host: str = setting(str, "127.0.0.1", "address to listen on; unix:/path for a Unix socket")
-    port: int = setting(_whole(0, 65535), "8080", "0 picks a free one and logs it")
+    port: int = setting(_whole, "8080", "0 picks a free one and logs it", 0, 65535)
     jwt_public_key_b64: str | None = setting(str, "", "base64 of a PEM with public keys")
     jwt_public_key_file: str | None = setting(str, "", "path of such a PEM; read again on SIGHUP")
-    history_size: int = setting(_whole(0, 10**4), "100", "messages held per topic; 0 holds none")
-    history_seconds: float = setting(_seconds(0, 10**8), "600", "how long they are kept")
-    history_bytes: int = setting(_whole(0, 2**40), "67108864", "for all; the oldest go first")
-    max_connections: int = setting(_whole(1, 10**7), "", "further ones get 503 (open files)")
-    max_topics: int = setting(_whole(1, 10**6), "1000", "topics one connection may subscribe to")
-    max_message_bytes: int = setting(_whole(1, 2**30), "1048576", "largest body of a POST")
-    max_buffer_bytes: int = setting(_whole(1, 2**31), "4194304", "unsent ones drop a subscriber")
-    ping_interval: float = setting(_seconds(0.1, 86400), "15", "seconds; silent for two: dropped")
-    stop_timeout: float = setting(_seconds(0, 86400), "5", "seconds a stop may take")
+    history_size: int = setting(_whole, "100", "messages held per topic; 0 holds none", 0, 10**4)
+    history_seconds: float = setting(_seconds, "600", "how long they are kept", 0, 10**8)
+    history_bytes: int = setting(_whole, "67108864", "for all; the oldest go first", 0, 2**40)
+    max_connections: int = setting(_whole, "", "further ones get 503 (open files)", 1, 10**7)
+    max_topics: int = setting(_whole, "1000", "topics one connection may subscribe to", 1, 10**6)
+    max_message_bytes: int = setting(_whole, "1048576", "largest body of a POST", 1, 2**30)
+    max_buffer_bytes: int = setting(_whole, "4194304", "unsent ones drop a subscriber", 1, 2**31)
+    ping_interval: float = setting(_seconds, "15", "seconds; silent for two: dropped", 0.1, 86400)
+    stop_timeout: float = setting(_seconds, "5", "seconds a stop may take", 0, 86400)
     allowed_origins: Sequence[str] | None = setting(_origins, "", "pages from elsewhere get 403")
     trusted_proxies: Sequence[Any] | None = setting(_networks, "", "whose X-Forwarded-For counts")
     tls_cert_file: str | None = setting(str, "", "serve https and wss with this certificate")
@@ -242,13 +224,12 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Read the settings. Raises SettingsError that names the variable and what it expects."""
         values = {}
-        for setting_ in fields(cls):
-            name = setting_.name.upper()
+        for each in fields(cls):
             try:
-                if text := environment.get(name, ""):
-                    values[setting_.name] = setting_.metadata["parse"](text)
+                if text := environment.get(each.name.upper()):
+                    values[each.name] = each.metadata["parse"](text)
             except ValueError as exc:
-                raise SettingsError(f"{name}: expected {exc}") from exc
+                raise SettingsError(f"{each.name.upper()}: expected {exc}") from exc
         settings = cls(**values)
         if settings.max_buffer_bytes < settings.max_message_bytes:
             raise SettingsError("MAX_BUFFER_BYTES: expected at least MAX_MESSAGE_BYTES")
@@ -301,8 +282,7 @@ def load_keys(settings: Settings) -> tuple[PublicKey, ...]:
     return keys
 
 
-@dataclass(frozen=True, slots=True)
-class Claims:
+class Claims(NamedTuple):
     """What a verified token says (RFC 7519 section 4). Times are seconds since 1970."""
 
     scope: str
@@ -313,13 +293,11 @@ class Claims:
     expire_at: float  # infinite where there is none
 
 
-CLAIMS: dict[str, Callable[[Any], bool]] = {  # each claim's type
-    "sub": lambda value: isinstance(value, str),
-    "scope": lambda value: value in ("subscribe", "broadcast"),
-    "topics": lambda value: isinstance(value, list) and {*map(type, value)} <= {str},
-    **dict.fromkeys(("exp", "nbf", "expire_at"), lambda v: type(v) is int and 0 <= v <= 2**53),
-}
-CLAIMS["topic_prefixes"] = CLAIMS["topics"]
+CLAIMS: dict[str, Callable[[Any], bool]] = {"sub": lambda value: isinstance(value, str)}
+CLAIMS["scope"] = lambda value: value in ("subscribe", "broadcast")
+CLAIMS["topics"] = lambda value: isinstance(value, list) and {*map(type, value)} <= {str}
+CLAIMS |= dict.fromkeys(("exp", "nbf", "expire_at"), lambda v: type(v) is int and 0 <= v <= 2**53)
+CLAIMS["topic_prefixes"] = CLAIMS["topics"]  # in the order in which they are looked at
 
 
 class TokenVerifier:
@@ -353,14 +331,12 @@ class TokenVerifier:
         return claims
 
     def _decode(self, token: str) -> Claims:
-        well_formed = len(token) <= TOKEN_MAX and TOKEN.fullmatch(token)
-        refuse_if(not well_formed, 401, "the token is malformed")
+        refuse_if(token[TOKEN_MAX:] or not TOKEN.fullmatch(token), 401, "the token is malformed")
         try:
             raw = [base64.urlsafe_b64decode(part + "==") for part in token.split(".")]
             header, payload = map(parse_json, raw[:2])
             odd = {"crit", "b64", "zip", "enc", "cty"} & header.keys()  # which change the meaning
-            if odd or not isinstance(header.get("kid", ""), str):
-                raise ValueError
+            refuse_if(odd or type(header.get("kid", "")) is not str, 401, "the token is malformed")
         except (ValueError, AttributeError) as exc:
             raise Refusal(401, "the token is malformed") from exc
         refuse_if(header.get("alg") != "ES256", 401, "the token is not signed with ES256")
@@ -445,26 +421,22 @@ class History:
     def __init__(self, size: int, seconds: float, bytes_max: int) -> None:
         self._size, self._seconds, self._bytes_max = size, seconds, bytes_max
         self._epoch, self._seq = os.urandom(4).hex(), 0  # random per start; over all topics
+        self.position = f"{self._epoch}-0"  # the id of the newest message: where the server is now
         self.held: OrderedDict[int, Message] = OrderedDict()  # by seq
         # A topic's seqs: the newest that is not held any more, then those that are, at least one.
         self._topics: dict[str, list[int]] = {}
         self.bytes_held = self._forgotten = 0  # now; the newest seq of topics with nothing held
 
-    @property
-    def position(self) -> str:
-        """The id of the newest message; where the server is now."""
-        return f"{self._epoch}-{self._seq}"
-
     def add(self, topic: str, payload: bytes, is_text: bool = True) -> Message:
         """Return `payload` as the next message on `topic`, and hold it within the bounds."""
-        self._seq += 1
+        self._seq = seq = self._seq + 1
+        self.position = f"{self._epoch}-{seq}"
         size = MESSAGE_OVERHEAD + sys.getsizeof(payload) + sys.getsizeof(topic)
         times = time.time_ns() // 10**6, time.monotonic()
-        message = Message(f"{self._epoch}-{self._seq}", topic, payload, is_text, size, *times)
-        self.held[self._seq] = message
+        message = self.held[seq] = Message(self.position, topic, payload, is_text, size, *times)
         self.bytes_held += size
         seqs = self._topics.setdefault(topic, [self._forgotten])
-        seqs.append(self._seq)
+        seqs.append(seq)
         if len(seqs) - 1 > self._size:
             self._forget(seqs[1])
         while self.bytes_held > self._bytes_max:
@@ -474,11 +446,10 @@ class History:
 
     def expire(self, now_s: float, at_most: int) -> None:
         """Forget what is too old by the monotonic clock, up to `at_most` messages."""
-        for _ in range(min(at_most, len(self.held))):
-            seq = next(iter(self.held))
-            if now_s - self.held[seq].added_s < self._seconds:
-                return
-            self._forget(seq)
+        held = self.held
+        while at_most and held and now_s - next(iter(held.values())).added_s >= self._seconds:
+            self._forget(next(iter(held)))
+            at_most -= 1
 
     def _forget(self, seq: int) -> None:
         message = self.held.pop(seq)
@@ -494,46 +465,25 @@ class History:
     def since(self, topics: Iterable[str], since: str) -> tuple[list[Message], bool]:
         """Return what is held of `topics` after `since`, oldest first, and whether that is all."""
         epoch, _, number = since.partition("-")
-        known = epoch == self._epoch and int(number) <= self._seq
-        after = int(number) if known else -1
+        after = int(number) if epoch == self._epoch and int(number) <= self._seq else -1
         lists = [self._topics.get(topic, [self._forgotten]) for topic in topics]
-        newer = [seqs[bisect.bisect(seqs, after, lo=1) :] for seqs in lists]
-        if since == "latest":
-            newer = [seqs[-1:] for seqs in newer]
+        first = -1 if since == "latest" else 0  # of what is newer
+        newer = [seqs[bisect.bisect(seqs, after, lo=1) :][first:] for seqs in lists]
         messages = [self.held[seq] for seq in sorted(itertools.chain(*newer))]
-        return messages, known and all(after >= seqs[0] for seqs in lists)
+        return messages, after >= 0 and all(after >= seqs[0] for seqs in lists)
 
 
 # --- Hub: who listens to which topic, and what is on its way to them. No I/O, no await. ---
 
-
-class Batch:
-    """Messages that follow one another on a topic, and who has yet to get them: one write each."""
-
-    def __init__(self, topic: str, audience: set[Any]) -> None:
-        self.topic, self.audience, self.size, self.delivered = topic, audience, 0, 0
-        self.messages: list[tuple[Message, Any]] = []  # and whom to tell to how many it went
-
-    def send(self, room: int) -> int:
-        """Queue it to them, while there is room; return what is left of that."""
-        frames = dict[Any, bytes]()  # by what made them, each once
-        while self.audience and room > 0:
-            subscriber = self.audience.pop()
-            if (encode := subscriber.encode) not in frames:
-                frames[encode] = b"".join([encode(message) for message, _ in self.messages])
-            frame = frames[encode]
-            self.delivered += subscriber.deliver(frame) is not False
-            room -= len(frame) + DELIVERY_BYTES
-        return room
+Batch = NamedTuple("Batch", [("topic", str), ("audience", set[Any]), ("messages", list[Any])])
 
 
 class Hub:
     """The one owner of who listens to what: s in topics[t] if and only if t in s.topics.
 
-    No set of `topics` is empty. A subscriber is anything with a set `topics`, which the hub alone
-    changes, a function `encode` that makes its frames, and a `deliver` that queues one at once.
-    What is broadcast waits until a turn of the loop brings no more of it. Only then it gets its
-    ids, and its audience: so nobody who comes or goes meanwhile hears a message twice, or too late.
+    No such set is empty. A subscriber has a set `topics`, which the hub alone changes, a function
+    `encode` that makes its frames, and a `deliver` that queues one at once. What is broadcast waits
+    until a turn brings no more, and gets ids and audience only then: none hears it twice, or late.
     """
 
     def __init__(self, history: History, batch_max: int) -> None:
@@ -541,10 +491,9 @@ class Hub:
         self.topics: dict[str, set[Any]] = {}
         self.call_soon: Callable[..., Any]  # of the loop that it works for
         self._waiting: deque[tuple[str, bytes, bool, Any]] = deque()  # and whom to tell
-        self._batch: Batch | None = None  # which is on its way
+        self._batch: Batch | None = None  # on its way: one write to each who has yet to get it
         self.sending = ""  # its topic, while it is queued to subscribers
-        self._grown, self._turns = False, 0  # by a message in this turn; turns that it grew in
-        self.subscriptions = self.deliveries = 0  # now; since the start
+        self.subscriptions = self.deliveries = self._delivered = 0  # now; in all; of this batch
         self.took_s, self.took = 0.0, [0] * (len(TOOK_S) + 1)  # all broadcasts; how many a bucket
 
     def subscribe(self, subscriber: Any, topic: str) -> None:
@@ -582,40 +531,213 @@ class Hub:
         if not self._waiting and self._batch is None:
             self.call_soon(self._flush)
         self._waiting += [(topic, payload, is_text, sent) for topic in topics]
-        self._grown = True
 
     def _next_batch(self) -> Batch:
-        topic = self._waiting[0][0]
-        batch = Batch(topic, set(self.topics.get(topic, ())))
+        topic, size, self._delivered = self._waiting[0][0], 0, 0
+        batch = Batch(topic, set(self.topics.get(topic, ())), [])
         while self._waiting and self._waiting[0][0] == topic:
             _, payload, is_text, sent = self._waiting[0]
-            if batch.size and batch.size + len(payload) > self._batch_max:
+            if size and size + len(payload) > self._batch_max:
                 break
             message = self.history.add(topic, payload, is_text)
-            batch.messages.append((message, sent))
-            batch.size += message.size
+            batch.messages.append((message, sent))  # and whom to tell to how many it went
+            size += message.size
             self._waiting.popleft()
         return batch
 
     def _flush(self) -> None:
         """Send what waits, as far as one turn of the loop may take."""
-        room = 0 if self._grown and self._turns < GROWING_TURNS_MAX else TURN_BYTES
-        self._grown, self._turns = False, self._turns + 1
+        room = TURN_BYTES
         try:
             while room > 0 and (self._batch or self._waiting):
-                batch = self._batch = self._batch or self._next_batch()
-                self.sending = batch.topic
-                room = batch.send(room) - DELIVERY_BYTES
-                if not batch.audience:
+                topic, audience, messages = self._batch = self._batch or self._next_batch()
+                self.sending, frames = topic, dict[Any, bytes]()  # by what made them, each once
+                while audience and room > 0:
+                    subscriber = audience.pop()
+                    if (encode := subscriber.encode) not in frames:
+                        frames[encode] = b"".join([encode(message) for message, _ in messages])
+                    frame = frames[encode]
+                    self._delivered += subscriber.deliver(frame) is not False
+                    room -= len(frame) + DELIVERY_BYTES
+                room -= DELIVERY_BYTES
+                if not audience:
                     self._batch = None
-                    for message, sent in batch.messages:
-                        sent(message, batch.delivered)
+                    for message, sent in messages:
+                        sent(message, self._delivered)
         finally:  # whatever a subscriber may raise, the others get theirs
             self.sending = ""
             if self._batch or self._waiting:
                 self.call_soon(self._flush)
+
+
+# --- Sockets: whose turn it is, and what each sends and receives. Knows no protocol. ---
+
+READ, WRITE = select.EPOLLIN, select.EPOLLOUT
+BLOCKED = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+
+
+class Sockets:
+    """All clients', in an epoll of their own. First whoever is ready, then what can wait."""
+
+    def __init__(self) -> None:
+        self.epoll, self.ready = select.epoll(), dict[int, Callable[[int], None]]()  # by descriptor
+        self._steps, self._soon = OrderedDict[Any, None](), deque[Callable[[], None]]()
+        self._loop, self.due = asyncio.get_running_loop(), False  # whether a look is to come
+        self._loop.add_reader(self.epoll, self._look, False)
+
+    def later(self, step: Callable[[], None], transport: Any = None) -> None:
+        """Run `step` once, behind those that wait; `transport`, if any, is not read until then."""
+        if transport:
+            transport.read(False)
+        self._steps[step] = None
+        self._wake()
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Call it when nobody is ready any more, or the turn is over: so much comes as a batch."""
+        self._soon.append(callback)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self.due:
+            self.due = True
+            self._loop.call_soon(self._look, True)
+
+    def _look(self, is_due: bool) -> None:
+        if is_due is not self.due:  # that one is to come
+            return
+        self.due, until_s = True, time.perf_counter() + TURN_S
+        try:
+            while True:
+                while found := self.epoll.poll(0, READY_MAX):
+                    for fd, events in found:
+                        self.ready[fd](events)
+                    if time.perf_counter() > until_s:
+                        break
+                if not (self._steps or self._soon):
+                    return
+                steps_until_s = time.perf_counter() + TURN_S
+                while self._steps and time.perf_counter() < steps_until_s:
+                    self._steps.popitem(last=False)[0]()
+                for _ in range(len(self._soon)):
+                    self._soon.popleft()()
+                if time.perf_counter() > until_s:
+                    return
+        finally:  # whatever one of them may raise
+            self.due = False
+            if self._steps or self._soon:
+                self._wake()
+
+
+class Transport:
+    """A connected socket. Above `limit` bytes unsent it is `paused`; at a quarter, it goes on."""
+
+    protocol: Any  # whose data_received and so on are called; whoever made it sets this at once
+
+    def __init__(self, sock: Any, peer: Any, sockets: Sockets, tls: Any) -> None:
+        sock.setblocking(False)
+        if tls:  # the first read does the handshake
+            sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        self._sock, self._sockets, self.peer, self.tls = sock, sockets, peer, bool(tls)
+        self.fd, self.watched = sock.fileno(), 0  # for READ and WRITE
+        self.unsent, self.limit, self.read_max = bytearray(), UNSENT_MAX, READ_MAX  # bytes
+        self._gone = self.paused = False
+        self._then: Callable[[], None] | None = None  # what comes when nothing is unsent
+        sockets.ready[self.fd] = self._ready
+        self.read(True)
+
+    def read(self, on: bool) -> None:
+        """Read on, or nothing until then."""
+        self._watch(self.watched & WRITE | READ * on)
+
+    def _watch(self, events: int) -> None:
+        old, self.watched = self.watched, 0 if self._gone else events
+        if old and not self.watched:  # or a dead one would be ready all the time
+            self._sockets.epoll.unregister(self.fd)
+        elif old != self.watched:
+            change = self._sockets.epoll.modify if old else self._sockets.epoll.register
+            change(self.fd, self.watched)
+
+    def _ready(self, events: int) -> None:
+        if self.watched & WRITE and events != READ:
+            self._flush()
+        if not self.watched & READ or events == WRITE:
+            return
+        try:  # of TLS a record, which is never more; what it holds back nothing would tell of
+            if data := self._sock.recv(READ_MAX if self.tls else self.read_max):
+                self.protocol.data_received(data)
             else:
-                self._turns = 0
+                self.read(False)
+                if not self.protocol.eof_received():
+                    self.close()
+        except BLOCKED:
+            self._flush()  # the handshake may be done
+        except BaseException as exc:
+            self.abort()
+            if not isinstance(exc, OSError):
+                raise
+
+    def write(self, data: Any) -> None:
+        """Send it, now or as soon as can be."""
+        if not (self.unsent or self.tls or self._gone):  # mostly, and then nothing is copied
+            try:
+                sent = self._sock.send(data)
+            except OSError:  # which _flush will see, too
+                sent = 0
+            data = data[sent:]
+        if data and not self._gone:
+            self.unsent += data
+            if not self.watched & WRITE:
+                self._flush()
+            if len(self.unsent) > self.limit and not self.paused:
+                self.paused = True
+                self.read(False)
+                self.protocol.pause_writing()
+
+    def close(self, half: bool = False) -> None:
+        """Close it, or our half, behind what is unsent."""
+        self._then = self._shut if half else self.abort
+        if not half:
+            self.read(False)
+        self._flush()
+
+    def abort(self) -> None:
+        """Close it now."""
+        if not self._gone:
+            self._gone, self.paused = True, False
+            self._watch(0)
+            self.unsent.clear()
+            self._sockets.later(self._lost)
+
+    def _flush(self) -> None:
+        try:
+            while self.unsent:
+                del self.unsent[: self._sock.send(self.unsent[:READ_MAX])]  # TLS wants all of it
+            self._watch(self.watched & READ)
+        except BLOCKED as exc:
+            waits = not isinstance(exc, ssl.SSLWantReadError)  # for the handshake
+            self._watch(self.watched & READ | WRITE * waits)
+        except OSError:
+            self.abort()
+        if self.paused and len(self.unsent) <= self.limit // 4:
+            self.paused = False
+            self._sockets.later(self.protocol.go_on)
+        if self._then and not self.unsent:
+            self._then()
+
+    def _shut(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # no TLS any more
+            if self.tls:
+                self._sock.unwrap()  # which tells the peer, and does not wait for it
+        with contextlib.suppress(OSError):  # it is gone, which is not known here yet
+            self._sock.shutdown(socket.SHUT_WR)
+
+    def _lost(self) -> None:
+        del self._sockets.ready[self.fd]
+        if self.tls:
+            self._shut()
+        self._sock.close()
+        protocol, self.protocol, self._then = self.protocol, None, None  # they would be a cycle
+        protocol.connection_lost(None)
 
 
 # --- Subscribers: a WebSocket with its commands, and an event stream. ---
@@ -650,25 +772,26 @@ class Subscriber(asyncio.Protocol):
     def __init__(self, daemon: Any, peer: str, response: Any, *asked: Any) -> None:
         self._daemon, self._hub, self._settings = daemon, daemon.hub, daemon.settings
         self._loop = asyncio.get_running_loop()
-        self.peer, self.response, self.start = peer, response, b""  # who; its answer; that in bytes
-        self._asked = asked  # an event stream's topics, claims and since
-        self.topics: set[str] = set()
-        self.encode = Message.event_lines
+        self.peer, self.response, self._asked = peer, response, asked  # topics, claims and since
+        self.topics, self.encode = set[str](), Message.event_lines
         self._queue: Callable[[bytes], Any]  # a frame: to the transport, or behind a replay
         self._idle = -1  # the socket, while nothing may be ahead of what is written to it
         self.expiring: dict[str, float] = {}  # topic: when its subscription ends, since 1970
         self._replay: deque[tuple[str, Message | bytes]] | None = None  # what waits, and its topic
-        self._behind, self._paused = 0, False  # bytes of frames in it; by the transport
+        self._behind, self._why = 0, "gone"  # bytes of frames in it; or one of GOODBYES, once ended
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
         self.since_s = self._loop.time()  # when it came
-        self._why = "gone"  # what ended it: that, or one of GOODBYES
 
-    def connection_made(self, transport: Any) -> None:
-        self.transport: asyncio.Transport = transport
-        self._daemon.beats[self] = self._loop.time() + self._settings.ping_interval
+    def take_over(self, transport: Transport, head: bytes) -> None:
+        """Answer its request with `head`, and begin."""
+        self.transport, transport.protocol, transport.read_max = transport, self, FRAMES_READ_MAX
+        self._daemon.beats[self] = self.since_s + self._settings.ping_interval
+        transport.read(True)  # which a pipeline may have paused
         self._go_live()
-        self._write(self.start)
-        if self._asked and self._abort is None:
+        self._write(head)
+        if not self._asked:
+            self.tell("open", id=self._hub.history.position, keepalive=self._settings.ping_interval)
+        elif self._abort is None:
             self._follow(*self._asked, topics=self._asked[0])
 
     def deliver(self, frame: bytes) -> Any:
@@ -681,19 +804,12 @@ class Subscriber(asyncio.Protocol):
 
     def _write(self, data: bytes) -> None:
         self.transport.write(data)
-        about, unsent = self.transport.get_extra_info, self.transport.get_write_buffer_size()
-        other = unsent or about("sslcontext") or self._replay is not None or self._abort
-        self._idle = -1 if other else about("socket").fileno()
+        other = self.transport.unsent or self.transport.tls or self._replay is not None
+        self._idle = -1 if other or self._abort else self.transport.fd
 
     def pause_writing(self) -> None:
-        self._paused = True
-        self.transport.pause_reading()  # or its pings would go on adding pongs
         if self._replay is None:
             self._drop("slow")
-
-    def resume_writing(self) -> None:
-        self._paused = False
-        self._daemon.later(self._go_on)  # in here a write that fails ends it twice (3.11 to 3.13)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del self._daemon.beats[self]
@@ -745,14 +861,14 @@ class Subscriber(asyncio.Protocol):
         if messages and self._abort is None:
             if self._replay is None:
                 self._replay, self._queue, self._idle = deque(), self._hold, -1
-                self.transport.set_write_buffer_limits(REPLAY_PIECE)
+                self.transport.limit = REPLAY_PIECE
             self._replay += ((message.topic, message) for message in messages)
-            self._go_on()
+            self.go_on()
 
-    def _go_on(self) -> None:
-        if self._paused:
+    def go_on(self) -> None:
+        if self.transport.paused:
             return
-        self.transport.resume_reading()
+        self.transport.read(True)
         piece = bytearray()
         while self._replay and len(piece) < REPLAY_PIECE:
             _, item = self._replay.popleft()
@@ -760,13 +876,13 @@ class Subscriber(asyncio.Protocol):
             piece += item if isinstance(item, bytes) else self.encode(item)
         if piece:
             self.transport.write(piece)
-            self._daemon.later(self._go_on)
+            self._daemon.later(self.go_on)
         elif self._replay is not None:
             self._go_live()
 
     def _go_live(self) -> None:
         self._replay, self._queue = None, self._write
-        self.transport.set_write_buffer_limits(self._settings.max_buffer_bytes)
+        self.transport.limit = self._settings.max_buffer_bytes
 
     def _leave(self, topics: Sequence[str]) -> None:
         for topic in topics:
@@ -803,10 +919,6 @@ class WebSocketSubscriber(Subscriber):
         self._unread, self._is_text, self._received = b"", False, b""  # frames; a command so far
         self._refused = self._unanswered = self._frames = 0  # commands; pings; since the last ping
 
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self.tell("open", id=self._hub.history.position, keepalive=self._settings.ping_interval)
-
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         # Frames may still wait for it; the two, a cycle (15.0 to 17.4), would stay for a while.
@@ -840,17 +952,14 @@ class WebSocketSubscriber(Subscriber):
                 self._retire()
         self._send()
         if self._replay is None:  # which goes on, and reads on, in steps of its own
-            self._go_on()
+            self.go_on()
 
     def _send(self) -> None:
         for data in self._protocol.data_to_send():
             if data:
                 self._write(data)
-            elif self.transport.can_write_eof():
-                with contextlib.suppress(OSError):  # it is gone, which is not known here yet
-                    self.transport.write_eof()
-            else:  # with TLS
-                self.transport.close()
+            else:
+                self.transport.close(half=True)
         if self._protocol.state is not State.OPEN:
             self._retire()
 
@@ -873,7 +982,7 @@ class WebSocketSubscriber(Subscriber):
         elif self._abort is None:
             self._write(b"\x89\0")  # a ping: RFC 6455 section 5.5.2
             self.tell("keepalive")
-        self._unanswered += self.transport.is_reading()  # or its pongs are not seen
+        self._unanswered += self.transport.watched & READ  # or its pongs are not seen
         self._frames = 0
 
     def end(self, topics: list[str]) -> None:
@@ -937,6 +1046,7 @@ HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]
 MEMBER = re.compile(f"[{TCHAR.decode()}]+")
 CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
+Response = NamedTuple("Response", [("status", int), ("headers", tuple[Any, ...]), ("body", bytes)])
 HEADS: dict[bytes, Head] = {}  # without a fault; one who stays sends the same again and again
 
 
@@ -953,33 +1063,16 @@ class Head:
     last: bool = False  # the client wants no answer behind this one's
     expects: bool = False  # a 100 before it sends the body: RFC 9110 section 10.1.1
 
-
-@dataclass(slots=True)
-class Response:
-    """One answer; `body` is empty where there is none."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    body: bytes = b""
-
-
-def list_members(head: Head, name: str, case: Any = str.lower) -> list[str]:
-    """Return a list-valued header's members, by default lower case. Raises Refusal for no list."""
-    parts = case(",".join(head.headers[name])).split(",")
-    members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
-    refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
-    return members
-
-
-def _check_lines(head: bytes | bytearray) -> None:
-    refuse_if(not HEAD_START.match(head), 400, "a malformed request line")
-    if head.count(b"\n", 0, HEAD_MAX) != head.count(b"\r\n", 0, HEAD_MAX):
-        raise Refusal(400, "a line that does not end in CRLF")
+    def members(self, name: str, case: Any = str.lower) -> list[str]:
+        """Return a list-valued header's, by default lower case. Raises Refusal for no list."""
+        parts = case(",".join(self.headers[name])).split(",")
+        members = [text for part in parts if (text := part.strip(" \t"))]  # RFC 9110 section 5.6.1
+        refuse_if(not all(map(MEMBER.fullmatch, members)), 400, "a malformed header")
+        return members
 
 
 def _parse_lines(head: bytes) -> tuple[bytes, defaultdict[str, list[str]]]:
     """Return the first line and the headers; an empty line ahead of it is tolerated."""
-    _check_lines(head)
     first, *lines = head.removeprefix(b"\r\n").removesuffix(b"\r\n\r\n").split(b"\r\n")
     refuse_if(len(first) > LINE_MAX, 414, "a line that is too long")
     refuse_if(max(map(len, lines), default=0) > LINE_MAX, 431, "a line that is too long")
@@ -1019,10 +1112,10 @@ def _frame(head: Head) -> None:
         raise Refusal(400, "a malformed Content-Length")
     length = None if codings else int(lengths[0]) if lengths else 0
     refuse_if(length != 0 and head.method in ("GET", "HEAD"), 400, "a body where none belongs")
-    expected = set() if head.is_old else set(list_members(head, "expect"))
+    expected = set() if head.is_old else set(head.members("expect"))
     refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
-    refuse_if(set(list_members(head, "content-encoding")) - {"identity"}, 415, "a compressed body")
-    head.last = "close" in list_members(head, "connection") or head.is_old
+    refuse_if(set(head.members("content-encoding")) - {"identity"}, 415, "a compressed body")
+    head.last = "close" in head.members("connection") or head.is_old
     head.length, head.expects = length, bool(expected)
 
 
@@ -1030,12 +1123,10 @@ class RequestReader:
     """Reads requests from bytes, however cut: a full match, or a Refusal that ends it. No I/O."""
 
     def __init__(self, body_max: int) -> None:
-        self._body_max = body_max
-        self.buffer = bytearray()  # what was received, and is not read yet
+        self._body_max, self.buffer = body_max, bytearray()  # what was received, and is not read
         self.requests = self._read()  # each once complete; None: not yet; False: not in this step
         self.head: Head | None = None  # the newest, as far as it is known
-        self.stage = "idle"  # then "head", then "body"
-        self.wants_continue = False  # the client waits for a 100
+        self.stage, self.wants_continue = "idle", False  # then "head", then "body"; for a 100
 
     @property
     def empty(self) -> bool:
@@ -1080,12 +1171,15 @@ class RequestReader:
 
     def _head_end(self) -> int:
         """Return where an empty line ends, 0 where there is none yet. Raises Refusal."""
-        if (end := self.buffer.find(b"\r\n\r\n", 0, HEAD_MAX)) >= 0:
-            return end + 4
-        _check_lines(self.buffer)
+        last = self.buffer.find(b"\r\n\r\n", 0, HEAD_MAX)
+        part = 0, last + 4 if last >= 0 else HEAD_MAX
+        refuse_if(not HEAD_START.match(self.buffer), 400, "a malformed request line")
+        bare = self.buffer.count(b"\n", *part) != self.buffer.count(b"\r\n", *part)
+        refuse_if(bare, 400, "a line that does not end in CRLF")
         status = 414 if self.buffer.find(b"\n", 0, LINE_MAX + 2) < 0 else 431
-        refuse_if(len(self.buffer) >= HEAD_MAX, status, "a line, or all of them, are too long")
-        return 0
+        too_long = last < 0 and len(self.buffer) >= HEAD_MAX
+        refuse_if(too_long, status, "a line, or all of them, are too long")
+        return last + 4 if last >= 0 else 0
 
     def _chunks(self) -> Generator[Any, None, bytes]:
         """Read a chunked body; extensions and trailers are dropped (RFC 9112 section 7.1)."""
@@ -1138,41 +1232,28 @@ def _render(status: int, headers: Any, length: int, last: bool, now_s: int) -> b
 class HTTPConnection(asyncio.Protocol):
     """One client's connection, from its first byte until it closes or turns into a subscriber."""
 
-    def __init__(self, daemon: Any, router: Any) -> None:
+    def __init__(self, daemon: Any, router: Any, transport: Transport) -> None:
         self._daemon, self._router = daemon, router
+        self.transport, self.peer, transport.protocol = transport, address(transport.peer), self
         self._reader = RequestReader(daemon.settings.max_message_bytes)
-        self._paused = self._closing = False  # by the transport; since the last answer is written
-        self._ended = self._owed = False  # the client sends no more; an answer comes later
+        self._closing = self._ended = self._owed = False  # last answer sent; no more asked; one due
         self._state: tuple[str, object, int] = ("", None, 0)  # what it does, and how far it is
         self._deadline = 0.0  # for that, by the loop's clock
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport: asyncio.Transport = transport
-        self.peer = address(transport.get_extra_info("peername"))
-        transport.max_size = READ_MAX  # known to asyncio's for sockets (3.11 to 3.13)
-        self._daemon.clients.add(self)
-        if self._daemon.connected > self._daemon.settings.max_connections:
+        daemon.clients.add(self)
+        if daemon.connected > daemon.settings.max_connections:
             self._refuse(Refusal(503, "the server has as many connections as it may"))
 
     def data_received(self, data: bytes) -> None:
-        if len(data) < FRAMES_READ_MAX and not (self._closing or self._paused or self._owed):
-            self._advance(self._reader.feed(data))
+        if len(data) < FRAMES_READ_MAX and not (self._closing or self._owed):
+            self.go_on(self._reader.feed(data))
         elif not self._closing:
             self._reader.buffer += data
-            self._daemon.later(self._advance, self.transport)
+            self._daemon.later(self.go_on, self.transport)
 
     def eof_received(self) -> bool:
         self._ended = True
-        self._advance()
+        self.go_on()
         return not self._closing  # kept while an answer is owed; the last one ends it
-
-    def pause_writing(self) -> None:
-        self._paused = True
-        self.transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        self._paused = False
-        self._daemon.later(self._advance)  # as in Subscriber
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
@@ -1181,10 +1262,9 @@ class HTTPConnection(asyncio.Protocol):
 
     def tick(self, now: float) -> None:
         """End the connection where it does the same for too long, by the loop's clock."""
-        lower = getattr(getattr(self.transport, "_ssl_protocol", None), "_transport", None)
-        unsent = sum(one.get_write_buffer_size() for one in (self.transport, lower) if one)
+        unsent = len(self.transport.unsent)
         doing = "write" if unsent else "linger" if self._closing else self._reader.stage
-        state = doing, self._reader.head, unsent  # TLS (3.11 to 3.13) does not count the lower one
+        state = doing, self._reader.head, unsent
         if state != self._state:
             new = doing == "idle" and self._reader.head is None  # which has to say something
             self._state, self._deadline = state, now + TIMEOUTS_S["head" if new else doing]
@@ -1197,19 +1277,19 @@ class HTTPConnection(asyncio.Protocol):
         elif late:
             self._refuse(Refusal(408, f"the {doing} took too long"))
 
-    def _advance(self, request: Any = None) -> None:
-        if self._closing or self._paused or self._owed:
+    def go_on(self, request: Any = None) -> None:
+        if self._closing or self.transport.paused or self._owed:
             return
         try:
             if request := request or next(self._reader.requests):
                 self._handle(request)
             elif request is False:
-                self._daemon.later(self._advance, self.transport)
+                self._daemon.later(self.go_on, self.transport)
             elif self._ended:
                 refuse_if(not self._reader.empty, 400, "the request ended early")
                 self._close()
             else:
-                self.transport.resume_reading()
+                self.transport.read(True)
                 if self._reader.wants_continue:
                     self._reader.wants_continue = False
                     self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1219,8 +1299,8 @@ class HTTPConnection(asyncio.Protocol):
     def _handle(self, request: tuple[Head, bytes]) -> None:
         self._state = "", None, 0  # the next head is another one
         if trusted := self._daemon.settings.trusted_proxies:
-            name = self.transport.get_extra_info("peername")
-            self.peer = forwarded_for(name, request[0].headers["x-forwarded-for"], trusted)
+            hops = request[0].headers["x-forwarded-for"]
+            self.peer = forwarded_for(self.transport.peer, hops, trusted)
         answer = self._router.process_request(self, request)
         self._owed = answer is None
         if isinstance(answer, Response):
@@ -1228,12 +1308,8 @@ class HTTPConnection(asyncio.Protocol):
         elif answer:  # a subscriber, which takes over
             early = not self._reader.empty and isinstance(answer, WebSocketSubscriber)
             refuse_if(early, 400, "bytes behind a handshake without an answer yet")
-            answer.start = self._head(answer.response)
             self.connection_lost(None)  # for this side of it
-            self.transport.max_size = FRAMES_READ_MAX  # type: ignore[attr-defined]
-            self.transport.set_protocol(answer)
-            self.transport.resume_reading()  # which a pipeline may have paused
-            answer.connection_made(self.transport)
+            answer.take_over(self.transport, self._head(answer.response))
 
     def _refuse(self, refusal: Refusal) -> None:
         self.answer(self._router.refuse(self, self._reader.head, refusal), True)
@@ -1253,59 +1329,50 @@ class HTTPConnection(asyncio.Protocol):
         self.transport.write(data if head and head.method == "HEAD" else data + body)
         if last:
             self._close()
-        elif self._ended or not self._reader.empty or not self.transport.is_reading():
-            self._daemon.later(self._advance, self.transport)  # its next request
+        elif self._ended or not (self._reader.empty and self.transport.watched & READ):
+            self._daemon.later(self.go_on, self.transport)  # its next request
 
     def _close(self) -> None:
         # A close with bytes unread would reset it, and lose the answer: where more may come, only
         # our side is closed, and what still comes is dropped for a while.
         self._closing = True
-        if self._ended or self._reader.empty or not self.transport.can_write_eof():
+        if self._ended or self._reader.empty:
             self.transport.close()
         else:
             self._reader.buffer.clear()
-            self.transport.resume_reading()
-            with contextlib.suppress(OSError):  # it is gone, which is not known here yet
-                self.transport.write_eof()
+            self.transport.read(True)
+            self.transport.close(half=True)
 
 
 # --- Browser: notiflux.js, and the console that is built on it. ---
 
 CLIENT = r"""// new Notiflux(url, {token: async topic => "...", onstatus, WebSocket}): see README.md
 export class Notiflux {
-  #url; #options; #socket; #timer; #topics = new Map(); #ready = false; #keepalive = 15; #tries = 0;
+  #url; #options; #socket; #timer; #ready; #topics = new Map(); #keepalive = 15; #tries = 0;
   constructor(url, options) {
     this.#options = {onstatus() {}, WebSocket: globalThis.WebSocket, ...options};
     this.#url = String(url).replace(/^http/, "ws"); this.#connect();
   }
-  // callback(message, {topic, id, time}); since is an id, "latest" or "all", to replay first
-  subscribe(topic, callback, {since = ""} = {}) {
+  subscribe(topic, callback, {since = ""} = {}) {  // since: an id, "latest" or "all", to replay
     if (!/^\S+$/.test(topic)) throw new TypeError("a topic is text without spaces");
     this.#topics.set(topic, {callback, since, refused: false}); if (this.#ready) this.#join(topic);
   }
-  unsubscribe(topic) {
-    if (this.#topics.delete(topic) && this.#ready) this.#socket.send(`/unsubscribe ${topic}`);
-  }
+  unsubscribe(topic) { if (this.#topics.delete(topic)) this.#ready?.send(`/unsubscribe ${topic}`); }
   close() { this.#leave("closed"); }
   #connect() {
     const socket = this.#socket = new this.#options.WebSocket(this.#url, "notiflux.v1");
-    const current = act => event => { if (socket === this.#socket) act(event); };
-    socket.onmessage = current(({data}) => this.#hear(JSON.parse(data)));
-    socket.onclose = current(() => this.#retry()); socket.onerror = () => {};  // a close follows
-    this.#watch(); this.#options.onstatus({state: "connecting"});
+    socket.onmessage = ({data}) => socket === this.#socket && this.#hear(JSON.parse(data));
+    socket.onclose = () => socket === this.#socket && this.#retry();  // follows an error, too
+    socket.onerror = () => {}; this.#watch(); this.#options.onstatus({state: "connecting"});
   }
-  #leave(state) {
-    const socket = this.#socket; this.#ready = false; this.#socket = undefined;  // deaf to it now
+  #leave(state, pause) {
+    const socket = this.#socket; this.#socket = this.#ready = undefined;  // deaf to it now
     clearTimeout(this.#timer); socket?.close(); this.#options.onstatus({state});
+    if (state === "waiting") this.#after(pause, () => this.#connect());
   }
-  #retry() {
-    const pause = Math.random() * Math.min(30_000, 1000 * 2 ** this.#tries++);
-    this.#leave("waiting"); this.#timer = setTimeout(() => this.#connect(), pause);
-  }
-  #watch() {
-    clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.#retry(), 2000 * this.#keepalive);
-  }
+  #retry() { this.#leave("waiting", Math.random() * Math.min(30_000, 1000 * 2 ** this.#tries++)); }
+  #after(pause, act) { clearTimeout(this.#timer); this.#timer = setTimeout(act, pause); }
+  #watch() { this.#after(2000 * this.#keepalive, () => this.#retry()); }
   async #join(topic) {
     const socket = this.#socket, known = this.#topics.get(topic);
     const current = () => socket === this.#socket && known === this.#topics.get(topic);
@@ -1317,48 +1384,39 @@ export class Notiflux {
   #hear({event, id, topic, topics, keepalive, replayed, recovered, error, detail, time, message}) {
     const known = this.#topics.get(topic), status = about => this.#options.onstatus(about);
     this.#keepalive = keepalive ?? this.#keepalive; this.#watch();
-    if (event === "open") { this.#ready = true; status({state: "open"}); }
+    if (event === "open") { this.#ready = this.#socket; status({state: "open"}); }
     const again = event === "open" ? [...this.#topics.keys()] : error && topics || [];
     for (const name of again) if (this.#topics.has(name)) this.#join(name);
     if (!known) return;
     if (event === "message" || (event === "subscribed" && !replayed)) known.since = id;
     if (event === "message") known.callback(message, {topic, id, time});
     if (event === "subscribed") {
-      [known.refused, this.#tries] = [false, 0];
-      status({state: "subscribed", topic, replayed, recovered});
-    } else if (event === "error" && known.refused) {
-      this.#topics.delete(topic); status({state: "refused", topic, error, detail});
-    } else if (event === "error") { known.refused = true; this.#join(topic); }  // a fresh token
+      known.refused = false; this.#tries = 0; status({state: event, topic, replayed, recovered});
+    } else if (error && !known.refused) { known.refused = true; this.#join(topic); }  // once more
+    else if (error && this.#topics.delete(topic)) status({state: "refused", topic, error, detail});
   }
-}
-"""
-
-CONSOLE = r"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>notiflux</title><link rel="icon" href="data:,">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-  :root { color-scheme: light dark; font: 1rem/1.45 system-ui, sans-serif }
+}"""
+CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
+<title>notiflux</title><meta name="viewport" content="width=device-width, initial-scale=1"><style>
+  :root { color-scheme: light dark; font: 1rem/1.45 system-ui, sans-serif } ol { padding: 0 }
   body { max-width: 60rem; margin: auto; padding: 0 1rem } small { display: block }
   form { display: grid; grid-template-columns: 1fr auto; gap: .5rem } #state { float: right }
   input, textarea, button { font: inherit; padding: .4rem } [name=topic] { grid-column: 1 / 3 }
-  li { list-style: none; overflow-wrap: anywhere; white-space: pre-wrap } ol { padding: 0 }
+  li { list-style: none; overflow-wrap: anywhere; white-space: pre-wrap }
   #state::before { content: "\25cf  "; color: #d70 } #state[data-state=open]::before { color: #2a3 }
-</style>
-<h1>notiflux <output id="state"></output></h1>
+</style><h1>notiflux <output id="state"></output></h1>
 <form id="form" autocomplete="off"><input name="topic" required placeholder="Topic" pattern="\S+">
   <input name="subscribe" placeholder="Token to subscribe"><button>Subscribe</button>
   <input name="broadcast" placeholder="Token to broadcast"><button id="send">Broadcast</button>
   <textarea name="message" placeholder="Message"></textarea></form>
-<ol id="messages" aria-label="Messages" aria-live="polite"></ol>
-<script type="module">
+<ol id="messages" aria-label="Messages" aria-live="polite"></ol><script type="module">
   import {Notiflux} from "./notiflux.js";
   const at = id => document.getElementById(id), tokens = new Map();
   const show = (text, about, time = Date.now()) => {
     const [item, small] = ["li", "small"].map(name => document.createElement(name));
     small.textContent = `${new Date(time).toLocaleString()} · ${about}`;
     item.append(small, typeof text === "string" ? text : JSON.stringify(text));  // never as markup
-    at("messages").prepend(item);
-    if (at("messages").childElementCount > 500) at("messages").lastChild.remove();
+    at("messages").prepend(item); at("messages").children[500]?.remove();
   };
   const onstatus = ({state, topic, replayed, recovered, error, detail}) => {
     const missed = recovered === false ? "messages may have been missed, " : "";
@@ -1366,8 +1424,7 @@ CONSOLE = r"""<!doctype html>
     if (topic) show(news, topic); else at("state").textContent = at("state").dataset.state = state;
   };
   const client = new Notiflux(new URL("ws", location), {token: t => tokens.get(t), onstatus});
-  at("form").onsubmit = async event => {
-    event.preventDefault();
+  at("form").onsubmit = async event => { event.preventDefault();
     const {topic, message, subscribe, broadcast} = Object.fromEntries(new FormData(at("form")));
     if (event.submitter !== at("send")) {
       const heard = (message, {id, time}) => show(message, `${topic} · ${id}`, time);
@@ -1376,13 +1433,10 @@ CONSOLE = r"""<!doctype html>
     const body = JSON.stringify({topic, message, token: broadcast});
     const unknown = error => ({detail: `no answer, so it may have happened: ${error.message}`});
     const asked = fetch("broadcast", {method: "POST", body}).then(reply => reply.json());
-    const {detail, ...answer} = await asked.catch(unknown);
-    show(detail ?? answer, `broadcast to ${topic}`);
+    const reply = await asked.catch(unknown); show(reply.detail ?? reply, `broadcast to ${topic}`);
   };
   for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
-    if (name in at("form")) at("form")[name].value = value;
-</script>
-"""
+    if (name in at("form")) at("form")[name].value = value;</script>"""
 POLICY = "default-src 'self' 'unsafe-inline' data:; base-uri 'none'; frame-ancestors 'none'"
 PAGES = {"/": (CONSOLE.encode(), "text/html"), "/notiflux.js": (CLIENT.encode(), "text/javascript")}
 
@@ -1401,9 +1455,8 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._second != int(record.created):
-            more = {event: n - LINES_MAX for event, n in self._lines.items() if n > LINES_MAX}
-            self._second, self._lines = int(record.created), Counter()
-            for event, count in more.items():
+            lines, self._second, self._lines = self._lines, int(record.created), Counter()
+            for event, count in (lines - Counter(dict.fromkeys(lines, LINES_MAX))).items():
                 log.warning("suppressed lines=%d event=%s", count, event.split(" ")[0])
         self._lines[record.msg] += 1
         with contextlib.suppress(OSError):
@@ -1415,11 +1468,9 @@ class LogHandler(logging.Handler):
         if record.exc_info:
             trace = logging.Formatter().formatException(record.exc_info)
             line += f" traceback={printable(trace, 2000)}"
-        if self.journal:
-            priority = {"debug": 7, "info": 6, "warning": 4}.get(level, 3)  # syslog's
-            return f"<{priority}>{line}"
+        priority = {"debug": 7, "info": 6, "warning": 4}.get(level, 3)  # syslog's
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        return f"{when} {level} {line}"
+        return f"<{priority}>{line}" if self.journal else f"{when} {level} {line}"
 
 
 def exposition(daemon: Any) -> bytes:
@@ -1455,9 +1506,8 @@ def exposition(daemon: Any) -> bytes:
 def notify(environment: Mapping[str, str], *lines: str) -> None:
     """Tell systemd, where it wants to hear: sd_notify(3)."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
-        end.setblocking(False)
         where = re.sub("^@", "\0", environment.get("NOTIFY_SOCKET", ""))
-        end.sendto("\n".join(lines).encode(), where)
+        end.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, where)
 
 
 def activated_sockets(environment: Mapping[str, str]) -> list[socket.socket]:
@@ -1487,16 +1537,10 @@ class Router:
     """Answers the requests that HTTPConnection read, at once or when a broadcast was queued."""
 
     def __init__(self, daemon: Any) -> None:
-        self._daemon, self.stopping, read = daemon, False, ["GET", "HEAD"]
-        self._routes: dict[str, tuple[list[str], Any]] = {
-            "/broadcast": (["POST"], self._broadcast),
-            "/ws": (read, self._websocket),
-            "/sse": (read, self._event_stream),
-            "/messages": (read, self._messages),
-            "/health": (read, self._health),
-            "/metrics": (read, self._metrics),
-            **dict.fromkeys(PAGES, (read, self._page)),
-        }
+        self._daemon, self.stopping = daemon, False
+        routes: dict[str, Any] = {"/broadcast": self._broadcast, "/ws": self._websocket}
+        routes |= {"/sse": self._event_stream, "/messages": self._messages, "/health": self._health}
+        self._routes = routes | {"/metrics": self._metrics} | dict.fromkeys(PAGES, self._page)
 
     def process_request(self, connection: Any, request: Any) -> Any:
         """Return a Response, a subscriber that takes over the connection, or None for later."""
@@ -1517,14 +1561,14 @@ class Router:
             refuse_if(len(origins) > 1, 400, "more than one Origin header")
             refuse_if(not self._open(head), 403, "this origin is not one of ALLOWED_ORIGINS")
         path = head.path if not head.query or head.path in ("/sse", "/messages") else ""
-        methods, answer = self._routes.get(path, ([], None))
+        answer = self._routes.get(path)
         if head.method == "OPTIONS" and (answer or head.path == "*"):
             return lambda *_: self._respond(head, 204, b"", PREFLIGHT)
         if answer is None:
             raise Refusal(404, f"no such path, or no query for it: {' '.join(self._routes)}")
+        methods = ("POST", "OPTIONS") if path == "/broadcast" else ("GET", "HEAD", "OPTIONS")
         if head.method not in methods:
-            allow = ", ".join([*methods, "OPTIONS"])
-            raise Refusal(405, f"this path takes {allow}", Allow=allow)
+            raise Refusal(405, f"this path takes {', '.join(methods)}", Allow=", ".join(methods))
         refuse_if(self.stopping and head.path != "/health", 503, "the server is stopping")
         return answer
 
@@ -1553,18 +1597,17 @@ class Router:
 
     def _websocket(self, connection: Any, head: Head, data: bytes) -> WebSocketSubscriber:
         """Return the subscriber that a good handshake makes (RFC 6455 section 4.2)."""
-        upgrade = "upgrade" in list_members(head, "connection") and not head.is_old
-        asked = upgrade and list_members(head, "upgrade") == ["websocket"] and head.method == "GET"
+        upgrade = "upgrade" in head.members("connection") and not head.is_old
+        asked = upgrade and head.members("upgrade") == ["websocket"] and head.method == "GET"
         refuse_if(not asked, 426, "no WebSocket handshake: a proxy in front must forward Upgrade")
         versions, keys = (head.headers[f"sec-websocket-{name}"] for name in ("version", "key"))
         good = len(versions) == len(keys) == 1 and re.fullmatch(r"[A-Za-z0-9+/]{22}==", keys[0])
         refuse_if(not good, 400, "a malformed WebSocket handshake")
         refuse_if(versions[0] != "13", 426, "this server speaks WebSocket version 13")
-        json_mode = SUBPROTOCOL in list_members(head, "sec-websocket-protocol", str)
+        json_mode = SUBPROTOCOL in head.members("sec-websocket-protocol", str)
         more = {"Upgrade": "websocket", "Connection": "Upgrade"}
-        more["Sec-WebSocket-Accept"] = accept_key(keys[0])
-        more |= {"Sec-WebSocket-Protocol": SUBPROTOCOL} if json_mode else {}
-        response = Response(101, tuple(more.items()))
+        more |= {"Sec-WebSocket-Accept": accept_key(keys[0]), "Sec-WebSocket-Protocol": SUBPROTOCOL}
+        response = Response(101, tuple(more.items())[: 3 + json_mode], b"")
         return WebSocketSubscriber(self._daemon, connection.peer, response, json_mode)
 
     def _bearer_tokens(self, head: Head) -> list[str]:  # RFC 6750 section 2.1
@@ -1607,11 +1650,9 @@ class Router:
         self._daemon.hub.broadcast(topics, body["message"], done)
 
     def _event_stream(self, connection: Any, head: Head, data: bytes) -> Response | Subscriber:
-        query = self._query(head)
-        if head.method == "HEAD":
-            return self._respond(head, 200, b"", STREAM)
-        start = self._respond(head, 200, b"", STREAM | {"Connection": "close"})
-        return Subscriber(self._daemon, connection.peer, start, *query)
+        query, more = self._query(head), {} if head.method == "HEAD" else {"Connection": "close"}
+        start = self._respond(head, 200, b"", STREAM | more)
+        return Subscriber(self._daemon, connection.peer, start, *query) if more else start
 
     def _messages(self, connection: Any, head: Head, data: bytes) -> Response:
         (topics, _, since), history = self._query(head), self._daemon.hub.history
@@ -1625,52 +1666,25 @@ class Router:
 
     def _query(self, head: Head) -> tuple[list[str], Claims, str]:
         try:
-            pairs = urllib.parse.parse_qsl(head.query[1:], True, True, errors="strict")
+            query = urllib.parse.parse_qs(head.query[1:], True, True, errors="strict")
         except ValueError as exc:
             raise Refusal(400, "a malformed query") from exc
-        topics, sinces = ([v for name, v in pairs if name == n] for n in ("topic", "since"))
-        known = len(sinces) <= 1 and len(topics) + len(sinces) == len(pairs)
-        refuse_if(not known, 400, "a query has topics, and one since at most; no token")
+        topics, sinces = query.pop("topic", []), query.pop("since", [])
+        refuse_if(query or sinces[1:], 400, "a query has topics, and one since at most; no token")
         topics = check_topics(topics, self._daemon.settings.max_topics)
         since = ([v for v in head.headers["last-event-id"] if v] or sinces or [""])[0]
         refuse_if(since and not SINCE.fullmatch(since), 400, "since is an id, latest or all")
         return topics, self._authorize(head, {}, "subscribe", topics), since
 
     def _authorize(self, head: Head, body: Any, scope: str, topics: list[str]) -> Any:
-        tokens = self._bearer_tokens(head) if (headers := head.headers["authorization"]) else []
-        tokens += [body["token"]] if "token" in body else []
-        refuse_if(len(headers) > 1 or len(tokens) > 1, 400, "more than one token")
+        tokens = self._bearer_tokens(head) + ([body["token"]] if "token" in body else [])
+        refuse_if(tokens[1:] or head.headers["authorization"][1:], 400, "more than one token")
         refuse_if(not tokens, 401, "no token: it goes into the body, or Authorization: Bearer")
         refuse_if(type(tokens[0]) is not str or not tokens[0], 400, "token is a string")
         return self._daemon.verifier.authorize(tokens[0], scope, topics)
 
 
 # --- Daemon: wires the rooms, and carries them from listening to drained. ---
-
-
-class Loop(asyncio.SelectorEventLoop):
-    """asyncio's, but no turn is long, no connection takes a task or a ServerProtocol (to 3.13)."""
-
-    def __init__(self) -> None:
-        selector: Any = selectors.DefaultSelector()
-        epoll: Any = getattr(selector, "_selector", None)
-        if hasattr(epoll, "poll"):  # Linux: READY_MAX sockets in a turn, each when it is its turn
-            names = "register", "modify", "unregister", "close", "fileno"
-            same = selector._selector = SimpleNamespace(**{n: getattr(epoll, n) for n in names})
-            same.poll = lambda wait_s, most: epoll.poll(wait_s, min(most, READY_MAX))
-        super().__init__(selector)
-
-    def _accept_connection(self: Any, factory: Any, sock: Any, *rest: Any) -> None:
-        if rest[0] is None:  # no TLS
-            with contextlib.suppress(OSError):  # nobody waits, or no descriptor is left
-                for _ in range(ACCEPT_MAX):
-                    client, peer = sock.accept()
-                    client.setblocking(False)
-                    extra = {"peername": peer}  # or it would be asked for
-                    self._make_socket_transport(client, self.new_connection(), extra=extra)
-                return
-        # One, since each that fails would put off all for a second, and say so, on its own.
-        super()._accept_connection(factory, sock, *rest[:2], 1, *rest[3:])  # type: ignore[misc]
 
 
 class Daemon:
@@ -1685,37 +1699,18 @@ class Daemon:
         self.settings = replace(settings, max_connections=settings.max_connections or allowed)
         bounds = settings.history_size, settings.history_seconds, settings.history_bytes
         self.hub = Hub(History(*bounds), min(BATCH_MAX, settings.max_buffer_bytes // 8))
+        self._listeners: list[socket.socket] = []
         self.clients: set[HTTPConnection] = set()  # that may send requests
         self.beats: OrderedDict[Subscriber, float] = OrderedDict()  # and when each is due
         self.counts = defaultdict[str, Counter[Any]](Counter)  # by what, and by label
         self._router, self._stop = Router(self), asyncio.Event()
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if settings.tls_cert_file else None
         self._load_certificate()
-        self._steps, self._stepping = OrderedDict[Any, None](), False  # those that wait; at work
 
     def refused(self, peer: str, op: str, refusal: Refusal) -> None:
         """Count a refusal, and log it in the one stable form that other programs may read."""
         self.counts["refusals"][f'{{reason="{refusal.code}"}}'] += 1
         log.info('refused peer=%s op=%s why=%s detail="%s"', peer, op, refusal.code, refusal.detail)
-
-    def later(self, step: Callable[[], None], transport: Any = None) -> None:
-        """Run `step` once, behind those that wait; `transport`, if any, is not read until then."""
-        if transport:
-            transport.pause_reading()
-        self._steps[step] = None
-        if not self._stepping:
-            self._stepping = True
-            self.hub.call_soon(self._step)
-
-    def _step(self) -> None:
-        until_s = time.perf_counter() + STEPS_S
-        try:
-            while self._steps and time.perf_counter() < until_s:
-                self._steps.popitem(last=False)[0]()
-        finally:
-            self._stepping = bool(self._steps)
-            if self._steps:
-                self.hub.call_soon(self._step)
 
     def _load_certificate(self) -> None:
         cert, key = cast(str, self.settings.tls_cert_file), self.settings.tls_key_file
@@ -1734,20 +1729,17 @@ class Daemon:
 
     async def run(self, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
         """Serve until stop() is called; call `listening` with the URLs. Raises CommandError."""
-        self.hub.call_soon = asyncio.get_running_loop().call_soon
         try:
             servers = await self._serve()
         except (OSError, UnicodeError) as exc:
             port = "" if self.settings.host.startswith("unix:") else f":{self.settings.port}"
             why = f"{self.settings.host}{port}: {getattr(exc, 'strerror', None) or exc}"
             raise CommandError(f"HOST, PORT: cannot listen on {why}") from exc
-        urls, scheme = [], "https" if self._tls else "http"
-        for listener in itertools.chain(*(server.sockets for server in servers)):
-            with contextlib.suppress(AttributeError, OSError):  # Linux: a peer that acknowledges
-                silence_ms = int(2000 * self.settings.ping_interval)  # nothing is gone
-                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
-            name = address(listener.getsockname())
-            urls.append(name if name.startswith("unix:") else f"{scheme}://{name}")
+        self._sockets, urls = Sockets(), []
+        self.hub.call_soon, self.later = self._sockets.call_soon, self._sockets.later
+        for name in (address(listener.getsockname()) for listener in self._listeners):
+            scheme = "" if name.startswith("unix:") else "https://" if self._tls else "http://"
+            urls.append(scheme + name)
             log.info("listening url=%s version=%s", urls[-1], VERSION)
             if not (self._tls or name.startswith(("127.", "[::1]", "unix:"))):
                 log.warning("tokens can be read on the way: url=%s has no TLS", urls[-1])
@@ -1755,8 +1747,8 @@ class Daemon:
         self._notify("READY=1")
         self._sweep()
         await self._stop.wait()
-        extend = f"EXTEND_TIMEOUT_USEC={int(self.settings.stop_timeout * 1e6 + 5e6)}"
-        self._notify("STOPPING=1", extend)
+        usec = int(self.settings.stop_timeout * 1e6 + 5e6)
+        self._notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={usec}")
         await self._drain(servers)
 
     def stop(self) -> None:
@@ -1790,17 +1782,33 @@ class Daemon:
                 raise OSError(error, os.strerror(error))
         # Neither is called: HTTPConnection asks the router itself, and no connection needs a task.
         how: Any = {"handler": None, "process_request": self._router.process_request}
-        how |= {"create_connection": lambda *_, **__: HTTPConnection(self, self._router)}
-        cast(Any, asyncio.get_running_loop()).new_connection = how["create_connection"]
-        how |= {"backlog": LISTEN_QUEUE, "ssl": self._tls}
-        how |= {"ssl_handshake_timeout": self._tls and TIMEOUTS_S["head"]}
-        # For each TLS connection of 3.11 to 3.13, where it is 256 KiB: held, and read at once.
-        asyncio.sslproto.SSLProtocol.max_size = READ_MAX  # type: ignore[attr-defined]
+        how["start_serving"] = False  # since _accept does
         where = where or [{"host": settings.host, "port": settings.port}]
         servers = [await websockets.asyncio.server.serve(**each, **how) for each in where]
         if "path" in where[0]:
             os.chmod(where[0]["path"], 0o666)  # a proxy is another user; tokens say who may what
+        silence_ms = int(2000 * settings.ping_interval)  # nothing acknowledged: it is gone
+        for listener in (each.dup() for server in servers for each in server.sockets):
+            self._listeners.append(listener)
+            listener.listen(LISTEN_QUEUE)  # from here on _sweep accepts
+            with contextlib.suppress(OSError):  # a Unix socket
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, silence_ms)
         return servers
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPT_MAX):
+            try:
+                client, peer = listener.accept()
+            except (BlockingIOError, ConnectionError):  # nobody waits any more
+                return
+            except OSError as exc:  # until the next sweep; they wait in the kernel
+                log.error("cannot accept: %s", exc.strerror)
+                asyncio.get_running_loop().remove_reader(listener)
+                return
+            with contextlib.suppress(OSError):  # it is gone again
+                transport = Transport(client, peer, self._sockets, self._tls)
+                HTTPConnection(self, self._router, transport)
 
     def _sweep(self) -> None:
         loop, beats, now_s = asyncio.get_running_loop(), self.beats, time.time()
@@ -1809,6 +1817,8 @@ class Daemon:
         if not self._stop.is_set():  # then _drain calls it; first, or what fails here would end it
             pause = 0.01 if len(due) > BEATS_MAX else min(SWEEP_S, self.settings.ping_interval / 4)
             loop.call_later(pause, self._sweep)
+            for listener in self._listeners:
+                loop.add_reader(listener, self._accept, listener)
         for connection in tuple(self.clients):
             connection.tick(now)
         for subscriber in [one for one in beats if one.expiring]:
@@ -1822,8 +1832,8 @@ class Daemon:
             for idle in [one for one in beats if not one.topics and one.since_s < now - 10]:
                 idle.dismiss("silent")
         self.hub.history.expire(time.monotonic(), at_most=10_000)  # some 20 ms
-        connections, topics = self.connected, len(self.hub.topics)
-        self._notify("WATCHDOG=1", f"STATUS={connections=} {topics=}")
+        status = f"STATUS=connections={self.connected} topics={len(self.hub.topics)}"
+        self._notify("WATCHDOG=1", status)
 
     async def _drain(self, servers: list[websockets.asyncio.server.Server]) -> None:
         loop, subscribers = asyncio.get_running_loop(), list(self.beats)
@@ -1831,8 +1841,10 @@ class Daemon:
         log.info("stopping connections=%d", self.connected)
         self._router.stopping = True
         for server in servers:
-            server.close(close_connections=False)  # the listening sockets, at once
-        await asyncio.sleep(0.02)  # until it did, and who was taken just before is known
+            server.close(close_connections=False)
+        for listener in self._listeners:  # at once
+            loop.remove_reader(listener)
+            listener.close()
         share = math.ceil(len(subscribers) / max(1, self.settings.stop_timeout / 2 / 0.02))
         while self.connected and loop.time() < deadline:
             for subscriber in subscribers[:share]:
@@ -1841,14 +1853,17 @@ class Daemon:
             await asyncio.sleep(0.02)
             self._sweep()
         log.info("stopped connections_cut=%d", self.connected)
-        # Not wait_closed(): from Python 3.12 on it waits for TLS handshakes, which nothing can cut.
         self.stop()  # once more: cut whoever is left
+        while self._sockets.due:
+            await asyncio.sleep(0)  # until they are gone
+        loop.remove_reader(self._sockets.epoll)
+        self._sockets.epoll.close()
 
 
 # --- Command line: one function a command. The one place that touches the process. ---
 
 WELCOME = """\
-notiflux {version}, with a throwaway key: FOR TRYING IT OUT, NOT FOR PRODUCTION. Ctrl-C stops it.
+notiflux {v}, with a throwaway key: FOR TRYING IT OUT, NOT FOR PRODUCTION. Ctrl-C stops it.
 In a browser: {url}/#topic=news&subscribe={subscribe}&broadcast={broadcast}
 To subscribe: curl -N '{url}/sse?topic=news' -H 'Authorization: Bearer {subscribe}'
 To broadcast: curl {url}/broadcast -d '{{"topic": "news", "message": "hi", "token": "{broadcast}"}}'
@@ -1861,14 +1876,6 @@ def _new_keys() -> tuple[bytes, bytes]:
     pkcs8, spki = serialization.PrivateFormat.PKCS8, serialization.PublicFormat.SubjectPublicKeyInfo
     private = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
     return private, key.public_key().public_bytes(pem, spki)
-
-
-def _private_key(path: str) -> ec.EllipticCurvePrivateKey:
-    with contextlib.suppress(ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
-        key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
-        if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
-            return key
-    raise CommandError(f"{path}: expected an EC P-256 private key in PEM")
 
 
 def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], life_s: float) -> str:
@@ -1884,16 +1891,15 @@ def _duration(text: str) -> int:
 
 def _settings(**changes: str) -> Settings:
     settings = Settings.from_environment({**os.environ, **changes})
-    # Below ERROR websockets logs whole frames, tokens included.
     logging.basicConfig(handlers=[LogHandler(os.environ)], level=logging.ERROR, force=True)
-    log.setLevel(settings.log_level.upper())
+    log.setLevel(settings.log_level.upper())  # below ERROR websockets logs whole frames, tokens too
     return settings
 
 
 def _run(settings: Settings, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
     if os.environ.get("WORKER_COUNT"):
         log.info("ignored WORKER_COUNT: one process serves all")
-    with asyncio.Runner(loop_factory=Loop) as runner:
+    with asyncio.Runner() as runner:
         daemon, loop = Daemon(settings, os.environ), runner.get_loop()
         acts = {"TERM": daemon.stop, "INT": daemon.stop, "HUP": daemon.reload}
         for name, act in (acts | dict.fromkeys(("USR1", "USR2"), lambda: None)).items():
@@ -1906,13 +1912,9 @@ def _run(settings: Settings, listening: Callable[[list[str]], None] = lambda url
 def dev_command(options: argparse.Namespace) -> None:
     """run the daemon with a throwaway key, and print what to type next"""
     private, public = _new_keys()
-
-    def welcome(urls: list[str]) -> None:
-        tokens = {s: _sign(private, s, [], [""], 365 * 86400) for s in ("subscribe", "broadcast")}
-        print(WELCOME.format(version=VERSION, url=urls[0], **tokens), flush=True)
-
-    in_b64 = base64.b64encode(public).decode()
-    _run(_settings(JWT_PUBLIC_KEY_B64=in_b64, JWT_PUBLIC_KEY_FILE=""), welcome)
+    config = _settings(JWT_PUBLIC_KEY_B64=base64.b64encode(public).decode(), JWT_PUBLIC_KEY_FILE="")
+    tokens = {s: _sign(private, s, [], [""], 365 * 86400) for s in ("subscribe", "broadcast")}
+    _run(config, lambda urls: print(WELCOME.format(v=VERSION, url=urls[0], **tokens), flush=True))
 
 
 def keygen_command(options: argparse.Namespace) -> None:
@@ -1932,7 +1934,11 @@ def token_command(options: argparse.Namespace) -> None:
     """print a token that lets its holder subscribe or broadcast"""
     if not options.key or not (options.topic or options.prefix):
         options.wrong_usage("expected --key or NOTIFLUX_KEY_FILE, and a topic or --prefix")
-    key = _private_key(options.key)
+    key: Any = None
+    with contextlib.suppress(ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
+        key = serialization.load_pem_private_key(Path(options.key).read_bytes(), None)
+    if not (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"):
+        raise CommandError(f"{options.key}: expected an EC P-256 private key in PEM")
     token = _sign(key, options.scope, options.topic, options.prefix, options.expires)
     TokenVerifier([key.public_key()]).verify(token)  # it may be too long
     print(token)
@@ -1940,8 +1946,8 @@ def token_command(options: argparse.Namespace) -> None:
 
 def check_command(options: argparse.Namespace) -> None:
     """check settings and key, or say what a token grants"""
-    Daemon(settings := _settings(), {})
-    claims = options.token and TokenVerifier(load_keys(settings)).verify(options.token)
+    verifier = Daemon(_settings(), {}).verifier
+    claims = options.token and verifier.verify(options.token)
     print("settings and key are good")
     if claims:
         topics = [*sorted(claims.topics), *(f"{prefix}..." for prefix in claims.topic_prefixes)]
@@ -1951,29 +1957,24 @@ def check_command(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     epilog = "Settings, from the environment:"
-    for each in fields(Settings):
-        default, meaning = each.metadata["default"] or "unset", each.metadata["meaning"]
-        epilog += f"\n  {each.name.upper()} ({default})\n      {meaning}"
+    for name, about in ((each.name.upper(), each.metadata) for each in fields(Settings)):
+        epilog += f"\n  {name} ({about['default'] or 'unset'})\n      {about['meaning']}"
     parser = argparse.ArgumentParser("notiflux.py", description=__doc__, epilog=epilog)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(command=lambda options: _run(_settings()))
     commands = parser.add_subparsers(title="commands", metavar="")
-
-    def add(command: Callable[[argparse.Namespace], None]) -> Callable[..., Any]:
+    for command in (dev_command, keygen_command, token_command, check_command):
         name, text = command.__name__.removesuffix("_command"), command.__doc__
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(command=command, wrong_usage=added.error)
-        return added.add_argument
-
-    add(dev_command)
-    add(keygen_command)("directory", nargs="?", default=".", help="where to (here)")
-    token = add(token_command)
+    _, keygen, token, check = (each.add_argument for each in commands.choices.values())
+    keygen("directory", nargs="?", default=".", help="where to (here)")
     token("scope", choices=["subscribe", "broadcast"])
     token("topic", nargs="*", help="a topic that the token is for")
     token("--prefix", action="append", default=[], help="all topics that begin so")
     token("--key", default=os.environ.get("NOTIFLUX_KEY_FILE"), help="private.pem")
     token("--expires", type=_duration, default=60, help="how long it is good (60s)")
-    add(check_command)("token", nargs="?")
+    check("token", nargs="?")
     for one in (parser, *commands.choices.values()):
         one.add_argument("--version", action="version", version=f"notiflux {VERSION}")
     return parser
@@ -1988,8 +1989,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.command(options)
         print(end="", flush=True)
     except (CommandError, Refusal, OSError, UnicodeError) as exc:
-        priority = "<3>" * LogHandler(os.environ).journal
-        print(f"{priority}notiflux: {exc}", file=sys.stderr)
+        print(f"{'<3>' * LogHandler(os.environ).journal}notiflux: {exc}", file=sys.stderr)
         if isinstance(exc, OSError):  # what cannot be written is not tried again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 78 if isinstance(exc, SettingsError) and options.command != check_command else 1
