@@ -34,6 +34,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import resource
 import select
@@ -41,7 +42,7 @@ import signal
 import socket
 import ssl
 import time
-import urllib.parse
+import urllib.request
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -80,13 +81,13 @@ LINE_MAX = 8 * 1024  # bytes of the request line, and of one header line, withou
 HEAD_MAX, HEADERS_MAX = 16 * 1024, 64  # bytes of a whole head with its empty line; header lines
 HEADS_REMEMBERED = 128  # that were read without a fault, at most 2 MiB of them
 CHUNKS_MAX, CHUNK_LINE_MAX = 256, 256  # in one step: some 1 ms; bytes of a size line
-UNSENT_MAX, READ_MAX = 64 * 1024, 32 * 1024  # bytes: unsent before more is read; read at once
+UNSENT_MAX, READ_MAX = 64 * 1024, 32 * 1024  # bytes: with more unsent none are read; read at once
 FRAMES_READ_MAX = 1024  # the same of frames, of which an empty one has 6; of HTTP without a step
 FRAMES_MAX = 5_000  # from one peer between two pings, or two for each of MAX_TOPICS
 ACCEPT_MAX, LISTEN_QUEUE = 8, 4096  # connections taken in one turn; that wait in the kernel
 # write: without progress; linger: after our half has closed; close: for a subscriber to go.
 TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5, "close": 10}
-READY_MAX, BEATS_MAX = 64, 500  # sockets looked at in one turn: some 20 ms; subscribers pinged
+READY_MAX, BEATS_MAX = 16, 500  # sockets between two looks at the clock; pinged in one turn
 TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # of a broadcast
 LINES_MAX = 100  # of one event in the log in a second; what is more is counted
 TURN_S, SWEEP_S = 0.005, 1.0  # for who is ready, and for what can wait; between looks at deadlines
@@ -95,13 +96,10 @@ log = logging.getLogger("notiflux")
 
 # --- Errors: what can go wrong, and how a peer hears of it. ---
 
-PHRASES = {status.value: status.phrase for status in http.HTTPStatus}  # and, as RFC 9110 has them:
-PHRASES |= {413: "Content Too Large", 414: "URI Too Long"}
-STATUS_HEADERS = {  # what such an answer always says: RFC 6750 section 3, RFC 6455 section 4.4
-    401: {"WWW-Authenticate": "Bearer"},
-    426: {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"},
-    503: {"Retry-After": "1"},
-}
+PHRASES = http.client.responses | {413: "Content Too Large", 414: "URI Too Long"}  # RFC 9110's
+# What such an answer always says: RFC 6750 section 3, RFC 6455 section 4.4.
+ALWAYS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
+ALWAYS[426] = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
 
 
 class CommandError(Exception):
@@ -120,7 +118,7 @@ class Refusal(Exception):
         self.status, self.detail = status, detail
         known = {400: "invalid_request", 401: "invalid_token"}
         self.code = code or known.get(status) or PHRASES[status].lower().replace(" ", "_")
-        self.headers = STATUS_HEADERS.get(status, {}) | headers  # RFC 6750, RFC 6455 section 4.4
+        self.headers = ALWAYS.get(status, {}) | headers
 
 
 def refuse_if(condition: object, status: int, detail: str) -> None:
@@ -146,9 +144,8 @@ def _finite(number: str) -> float:
     return value
 
 
-_hooks: Any = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_constant": _finite}
-_hooks["parse_int"] = lambda digits: (len(digits) < 300 or _finite(digits)) and int(digits)
-JSON_DECODER = json.JSONDecoder(**_hooks)
+_how: Any = {"object_pairs_hook": _unique, "parse_float": _finite, "parse_constant": _finite}
+JSON_DECODER = json.JSONDecoder(parse_int=lambda n: (len(n) < 300 or _finite(n)) and int(n), **_how)
 dump_json = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))  # compact
 JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"?', re.DOTALL)  # one without an end, too
 LEVELS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff"), bytes({*range(256)} - {*b"[{]}"})
@@ -171,65 +168,60 @@ def parse_json(data: bytes) -> Any:
 
 # --- Settings: what can be set. One table; parsing, errors and help all come from it. ---
 
-
-def _parse(pattern: str, expected: str, convert: Any, text: str, *limits: float) -> Any:
-    with contextlib.suppress(ValueError):  # whose words are not ours
-        good = re.fullmatch(pattern, text := text.lower())
-        if good and (not limits or limits[0] <= float(text) <= limits[1]):
-            return convert(text)
-    raise ValueError(expected.format(*limits))
-
-
-_like = functools.partial(functools.partial, _parse)  # pattern, expected, convert
-_whole = _like(r"[0-9]{1,18}", "a whole number from {} to {}", int)
-_seconds = _like(r"[0-9]{1,9}(\.[0-9]{1,9})?", "seconds from {} to {}", json.loads)  # 15: an int
-_level = _like("debug|info|warning|error", "debug, info, warning or error", str)
+# A kind: the pattern of a text in lower case, what is expected, and what makes a value of a text.
+ANY = "(?s:.*)", "", str
+WHOLE = "[0-9]{1,18}", "a whole number from {} to {}", int
+SECONDS = r"[0-9]{1,9}(\.[0-9]{1,9})?", "seconds from {} to {}", json.loads  # 15: an int
+LEVEL = "debug|info|warning|error", "debug, info, warning or error", str.lower
 ORIGIN = r"\s*[a-z][a-z0-9+.-]*://[^/\s,]+\s*"
-ORIGINS = "origins such as https://example.org, separated by commas"
-_origins = _like(f"{ORIGIN}(,{ORIGIN})*", ORIGINS, lambda t: "".join(t.split()).split(","))
-NETWORKS = "addresses or networks such as 127.0.0.1,10.0.0.0/8, separated by commas"
-_networks = _like(r"\S+", NETWORKS, lambda t: [*map(ipaddress.ip_network, t.split(","))])
+ORIGINS_ARE = "origins such as https://example.org, separated by commas"
+ORIGINS = f"{ORIGIN}(,{ORIGIN})*", ORIGINS_ARE, lambda t: "".join(t.lower().split()).split(",")
+NETWORKS_ARE = "addresses or networks such as 127.0.0.1,10.0.0.0/8, separated by commas"
+NETWORKS = r"\S+", NETWORKS_ARE, lambda t: [*map(ipaddress.ip_network, t.lower().split(","))]
 
 
-def setting(parse: Callable[..., Any], default: str, meaning: str, *limits: float) -> Any:
-    """Declare a setting. Its `parse` raises ValueError with what it expects; "" is unset."""
-    about = {"parse": lambda text: parse(text, *limits), "default": default, "meaning": meaning}
-    return field(default=parse(default, *limits) if default else None, metadata=about)
+def setting(kind: tuple[str, str, Any], default: Any, meaning: str, *limits: float) -> Any:
+    """Declare a setting of that kind; a number keeps to `limits`, and None is unset."""
+    about = {"kind": (*kind, *limits), "default": default, "meaning": meaning}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class Settings:
     """Every setting; the environment variable has the field's name in capitals."""
 
-    host: str = setting(str, "127.0.0.1", "address to listen on; unix:/path for a Unix socket")
-    port: int = setting(_whole, "8080", "0 picks a free one and logs it", 0, 65535)
-    jwt_public_key_b64: str | None = setting(str, "", "base64 of a PEM with public keys")
-    jwt_public_key_file: str | None = setting(str, "", "path of such a PEM; read again on SIGHUP")
-    history_size: int = setting(_whole, "100", "messages held per topic; 0 holds none", 0, 10**4)
-    history_seconds: float = setting(_seconds, "600", "how long they are kept", 0, 10**8)
-    history_bytes: int = setting(_whole, "67108864", "for all; the oldest go first", 0, 2**40)
-    max_connections: int = setting(_whole, "", "further ones get 503 (open files)", 1, 10**7)
-    max_topics: int = setting(_whole, "1000", "topics one connection may subscribe to", 1, 10**6)
-    max_message_bytes: int = setting(_whole, "1048576", "largest body of a POST", 1, 2**30)
-    max_buffer_bytes: int = setting(_whole, "4194304", "unsent ones drop a subscriber", 1, 2**31)
-    ping_interval: float = setting(_seconds, "15", "seconds; silent for two: dropped", 0.1, 86400)
-    stop_timeout: float = setting(_seconds, "5", "seconds a stop may take", 0, 86400)
-    allowed_origins: Sequence[str] | None = setting(_origins, "", "pages from elsewhere get 403")
-    trusted_proxies: Sequence[Any] | None = setting(_networks, "", "whose X-Forwarded-For counts")
-    tls_cert_file: str | None = setting(str, "", "serve https and wss with this certificate")
-    tls_key_file: str | None = setting(str, "", "and this key")
-    log_level: str = setting(_level, "info", "debug, info, warning or error")
+    host: str = setting(ANY, "127.0.0.1", "address to listen on; unix:/path for a Unix socket")
+    port: int = setting(WHOLE, 8080, "0 picks a free one and logs it", 0, 65535)
+    jwt_public_key_b64: str | None = setting(ANY, None, "base64 of a PEM with public keys")
+    jwt_public_key_file: str | None = setting(ANY, None, "path of such a PEM; read again on SIGHUP")
+    history_size: int = setting(WHOLE, 100, "messages held per topic; 0 holds none", 0, 10**4)
+    history_seconds: float = setting(SECONDS, 600, "how long they are kept", 0, 10**8)
+    history_bytes: int = setting(WHOLE, 67108864, "for all; the oldest go first", 0, 2**40)
+    max_connections: int = setting(WHOLE, None, "further ones get 503 (open files)", 1, 10**7)
+    max_topics: int = setting(WHOLE, 1000, "topics one connection may subscribe to", 1, 10**6)
+    max_message_bytes: int = setting(WHOLE, 1048576, "largest body of a POST", 1, 2**30)
+    max_buffer_bytes: int = setting(WHOLE, 4194304, "unsent ones drop a subscriber", 1, 2**31)
+    ping_interval: float = setting(SECONDS, 15, "seconds; silent for two: dropped", 0.1, 86400)
+    stop_timeout: float = setting(SECONDS, 5, "seconds a stop may take", 0, 86400)
+    allowed_origins: Sequence[str] | None = setting(ORIGINS, None, "pages from elsewhere get 403")
+    trusted_proxies: Sequence[Any] | None = setting(NETWORKS, None, "whose X-Forwarded-For counts")
+    tls_cert_file: str | None = setting(ANY, None, "serve https and wss with this certificate")
+    tls_key_file: str | None = setting(ANY, None, "and this key")
+    log_level: str = setting(LEVEL, "info", "debug, info, warning or error")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Read the settings. Raises SettingsError that names the variable and what it expects."""
         values = {}
         for each in fields(cls):
-            try:
-                if text := environment.get(each.name.upper()):
-                    values[each.name] = each.metadata["parse"](text)
-            except ValueError as exc:
-                raise SettingsError(f"{each.name.upper()}: expected {exc}") from exc
+            pattern, expected, convert, *limits = each.metadata["kind"]
+            if text := environment.get(name := each.name.upper()):
+                with contextlib.suppress(ValueError):  # whose words are not ours
+                    good = re.fullmatch(pattern, text.lower())
+                    if good and (not limits or limits[0] <= float(text) <= limits[1]):
+                        values[each.name] = convert(text)
+                if each.name not in values:
+                    raise SettingsError(f"{name}: expected {expected.format(*limits)}")
         settings = cls(**values)
         if settings.max_buffer_bytes < settings.max_message_bytes:
             raise SettingsError("MAX_BUFFER_BYTES: expected at least MAX_MESSAGE_BYTES")
@@ -293,9 +285,8 @@ class Claims(NamedTuple):
     expire_at: float  # infinite where there is none
 
 
-CLAIMS: dict[str, Callable[[Any], bool]] = {"sub": lambda value: isinstance(value, str)}
-CLAIMS["scope"] = lambda value: value in ("subscribe", "broadcast")
-CLAIMS["topics"] = lambda value: isinstance(value, list) and {*map(type, value)} <= {str}
+CLAIMS: Any = {"sub": lambda v: type(v) is str, "scope": lambda v: v in ("subscribe", "broadcast")}
+CLAIMS["topics"] = lambda v: type(v) is list and {*map(type, v)} <= {str}
 CLAIMS |= dict.fromkeys(("exp", "nbf", "expire_at"), lambda v: type(v) is int and 0 <= v <= 2**53)
 CLAIMS["topic_prefixes"] = CLAIMS["topics"]  # in the order in which they are looked at
 
@@ -303,14 +294,13 @@ CLAIMS["topic_prefixes"] = CLAIMS["topics"]  # in the order in which they are lo
 class TokenVerifier:
     """Verifies ES256 tokens (RFC 7515, RFC 7519); remembers those that passed all but time."""
 
-    def __init__(self, keys: Iterable[PublicKey], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, keys: Sequence[PublicKey], clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self.replace_keys(keys)
 
-    def replace_keys(self, keys: Iterable[PublicKey]) -> None:
+    def replace_keys(self, keys: Sequence[PublicKey]) -> None:
         """Trust these keys from now on, and no others."""
-        self._keys = tuple(keys)
-        self._claims = functools.lru_cache(TOKENS_REMEMBERED)(self._decode)
+        self._claims = functools.lru_cache(TOKENS_REMEMBERED)(functools.partial(self._decode, keys))
 
     def authorize(self, token: str, scope: str, topics: Iterable[str]) -> Claims:
         """Return the claims of a token that grants `scope` on `topics`. Raises Refusal."""
@@ -330,7 +320,7 @@ class TokenVerifier:
         refuse_if(now >= claims.expire_at, 401, "the token's expire_at has passed")
         return claims
 
-    def _decode(self, token: str) -> Claims:
+    def _decode(self, keys: Sequence[PublicKey], token: str) -> Claims:
         refuse_if(token[TOKEN_MAX:] or not TOKEN.fullmatch(token), 401, "the token is malformed")
         try:
             raw = [base64.urlsafe_b64decode(part + "==") for part in token.split(".")]
@@ -341,7 +331,7 @@ class TokenVerifier:
             raise Refusal(401, "the token is malformed") from exc
         refuse_if(header.get("alg") != "ES256", 401, "the token is not signed with ES256")
         signed = token.rpartition(".")[0].encode()
-        good = any(ES256.verify(signed, key, raw[2]) for key in self._keys)
+        good = any(ES256.verify(signed, key, raw[2]) for key in keys)
         refuse_if(not good, 401, "the token's signature is of no key known here")
         refuse_if(not isinstance(payload, dict), 401, "the token is malformed")
         refuse_if("aud" in payload, 401, "the token is for another audience: it has a claim aud")
@@ -377,12 +367,6 @@ def text_frame(payload: bytes) -> bytes:
     return Frame(Opcode.TEXT, payload).serialize(mask=False)
 
 
-def event_lines(event: str, data: str, event_id: str = "") -> bytes:
-    """Return an event of an event stream (HTML Living Standard section 9.2)."""
-    about = f"id: {event_id}\n" if event_id else ""
-    return f"{about}event: {event}\ndata: {data}\n\n".encode()
-
-
 @dataclass(slots=True, eq=False)
 class Message:
     """One message on one topic. Its frames are made where they are needed, and not held."""
@@ -395,9 +379,8 @@ class Message:
     time_ms: int  # since 1970
     added_s: float  # by the monotonic clock
 
-    @property
     def members(self) -> str:
-        """What JSON says about it, without the braces."""
+        """Return what JSON says about it, without the braces."""
         text = self.payload.decode()
         value, topic = dump_json(text) if self.is_text else text, dump_json(self.topic)
         return f'"topic":{topic},"id":"{self.id}","time":{self.time_ms},"message":{value}'
@@ -408,11 +391,12 @@ class Message:
 
     def json_frame(self) -> bytes:
         """Return it for JSON mode."""
-        return text_frame(f'{{"event":"message",{self.members}}}'.encode())
+        return text_frame(f'{{"event":"message",{self.members()}}}'.encode())
 
     def event_lines(self) -> bytes:
-        """Return it for an event stream."""
-        return event_lines("message", f'{{"event":"message",{self.members}}}', self.id)
+        """Return it for an event stream (HTML Living Standard section 9.2)."""
+        data = f'{{"event":"message",{self.members()}}}'
+        return f"id: {self.id}\nevent: message\ndata: {data}\n\n".encode()
 
 
 class History:
@@ -489,7 +473,7 @@ class Hub:
     def __init__(self, history: History, batch_max: int) -> None:
         self.history, self._batch_max = history, batch_max
         self.topics: dict[str, set[Any]] = {}
-        self.call_soon: Callable[..., Any]  # of the loop that it works for
+        self.call_soon: Callable[..., Any]  # that of Sockets: when a turn brings no more
         self._waiting: deque[tuple[str, bytes, bool, Any]] = deque()  # and whom to tell
         self._batch: Batch | None = None  # on its way: one write to each who has yet to get it
         self.sending = ""  # its topic, while it is queued to subscribers
@@ -533,16 +517,14 @@ class Hub:
         self._waiting += [(topic, payload, is_text, sent) for topic in topics]
 
     def _next_batch(self) -> Batch:
-        topic, size, self._delivered = self._waiting[0][0], 0, 0
+        queue, limit, size, self._delivered = self._waiting, self._batch_max, 0, 0
+        topic = queue[0][0]
         batch = Batch(topic, set(self.topics.get(topic, ())), [])
-        while self._waiting and self._waiting[0][0] == topic:
-            _, payload, is_text, sent = self._waiting[0]
-            if size and size + len(payload) > self._batch_max:
-                break
+        while queue and queue[0][0] == topic and (not size or size + len(queue[0][1]) <= limit):
+            _, payload, is_text, sent = queue.popleft()
             message = self.history.add(topic, payload, is_text)
             batch.messages.append((message, sent))  # and whom to tell to how many it went
             size += message.size
-            self._waiting.popleft()
         return batch
 
     def _flush(self) -> None:
@@ -560,10 +542,10 @@ class Hub:
                     self._delivered += subscriber.deliver(frame) is not False
                     room -= len(frame) + DELIVERY_BYTES
                 room -= DELIVERY_BYTES
-                if not audience:
-                    self._batch = None
-                    for message, sent in messages:
-                        sent(message, self._delivered)
+                while messages and not audience:
+                    message, sent = messages.pop(0)  # first, since it may raise
+                    sent(message, self._delivered)
+                self._batch = self._batch if audience else None
         finally:  # whatever a subscriber may raise, the others get theirs
             self.sending = ""
             if self._batch or self._waiting:
@@ -573,7 +555,13 @@ class Hub:
 # --- Sockets: whose turn it is, and what each sends and receives. Knows no protocol. ---
 
 READ, WRITE = select.EPOLLIN, select.EPOLLOUT
-BLOCKED = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+
+
+def address(name: Any) -> str:
+    """Return a socket's name for log and URL: address:port, or unix: and its path."""
+    if not isinstance(name, tuple):
+        return f"unix:{name or ''}"
+    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
 class Sockets:
@@ -605,9 +593,9 @@ class Sockets:
     def _look(self, is_due: bool) -> None:
         if is_due is not self.due:  # that one is to come
             return
-        self.due, until_s = True, time.perf_counter() + TURN_S
+        self.due, until_s, is_over = True, time.perf_counter() + TURN_S, False
         try:
-            while True:
+            while not is_over:
                 while found := self.epoll.poll(0, READY_MAX):
                     for fd, events in found:
                         self.ready[fd](events)
@@ -620,8 +608,7 @@ class Sockets:
                     self._steps.popitem(last=False)[0]()
                 for _ in range(len(self._soon)):
                     self._soon.popleft()()
-                if time.perf_counter() > until_s:
-                    return
+                is_over = time.perf_counter() > until_s
         finally:  # whatever one of them may raise
             self.due = False
             if self._steps or self._soon:
@@ -631,15 +618,15 @@ class Sockets:
 class Transport:
     """A connected socket. Above `limit` bytes unsent it is `paused`; at a quarter, it goes on."""
 
-    protocol: Any  # whose data_received and so on are called; whoever made it sets this at once
-
     def __init__(self, sock: Any, peer: Any, sockets: Sockets, tls: Any) -> None:
         sock.setblocking(False)
-        if tls:  # the first read does the handshake
-            sock = tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        self._sock, self._sockets, self.peer, self.tls = sock, sockets, peer, bool(tls)
-        self.fd, self.watched = sock.fileno(), 0  # for READ and WRITE
+        self._sock, self._sockets, self.peer, self.tls, self._plain = sock, sockets, peer, tls, b""
+        if tls:  # OpenSSL on the socket itself would read as long as its peer sends
+            self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+            self.tls = tls.wrap_bio(self._in, self._out, server_side=True)
+        self.fd, self._epoll, self.watched = sock.fileno(), sockets.epoll, 0  # for READ and WRITE
         self.unsent, self.limit, self.read_max = bytearray(), UNSENT_MAX, READ_MAX  # bytes
+        self.protocol: Any = None  # with data_received, eof_received, go_on, connection_lost
         self._gone = self.paused = False
         self._then: Callable[[], None] | None = None  # what comes when nothing is unsent
         sockets.ready[self.fd] = self._ready
@@ -652,33 +639,53 @@ class Transport:
     def _watch(self, events: int) -> None:
         old, self.watched = self.watched, 0 if self._gone else events
         if old and not self.watched:  # or a dead one would be ready all the time
-            self._sockets.epoll.unregister(self.fd)
+            self._epoll.unregister(self.fd)
         elif old != self.watched:
-            change = self._sockets.epoll.modify if old else self._sockets.epoll.register
-            change(self.fd, self.watched)
+            (self._epoll.modify if old else self._epoll.register)(self.fd, self.watched)
 
     def _ready(self, events: int) -> None:
         if self.watched & WRITE and events != READ:
             self._flush()
         if not self.watched & READ or events == WRITE:
             return
-        try:  # of TLS a record, which is never more; what it holds back nothing would tell of
-            if data := self._sock.recv(READ_MAX if self.tls else self.read_max):
+        try:
+            ended = not (data := self._sock.recv(self.read_max))
+            if data and self.tls:
+                data, ended = self._decrypt(data)
+            if data:
                 self.protocol.data_received(data)
-            else:
+            if ended:
                 self.read(False)
                 if not self.protocol.eof_received():
                     self.close()
-        except BLOCKED:
-            self._flush()  # the handshake may be done
         except BaseException as exc:
-            self.abort()
+            if not isinstance(exc, BlockingIOError):
+                self.abort()
             if not isinstance(exc, OSError):
                 raise
 
+    def _decrypt(self, data: bytes) -> tuple[bytes, bool]:
+        plain = b""
+        try:
+            self._in.write(data)
+            while part := self.tls.read(READ_MAX):
+                plain += part
+            return plain, True  # it has said that it ends
+        except ssl.SSLWantReadError:
+            return plain, False
+        finally:  # what TLS itself has to say, such as an alert, and what waited for its handshake
+            self.write(b"")
+            self._flush()
+
     def write(self, data: Any) -> None:
         """Send it, now or as soon as can be."""
-        if not (self.unsent or self.tls or self._gone):  # mostly, and then nothing is copied
+        if self.tls and not self._gone:
+            self._plain += data
+            with contextlib.suppress(ssl.SSLError):  # the handshake is not done, or has failed
+                while self._plain:
+                    self._plain = self._plain[self.tls.write(self._plain) :]
+            data = self._out.read()
+        if not (self.unsent or self._gone):  # mostly, and then nothing is copied
             try:
                 sent = self._sock.send(data)
             except OSError:  # which _flush will see, too
@@ -688,16 +695,14 @@ class Transport:
             self.unsent += data
             if not self.watched & WRITE:
                 self._flush()
-            if len(self.unsent) > self.limit and not self.paused:
+            if len(self.unsent) > self.limit:
                 self.paused = True
                 self.read(False)
-                self.protocol.pause_writing()
 
     def close(self, half: bool = False) -> None:
-        """Close it, or our half, behind what is unsent."""
+        """Close it behind what is unsent, or our half, and read on until theirs is."""
         self._then = self._shut if half else self.abort
-        if not half:
-            self.read(False)
+        self.read(half or bool(self._plain))
         self._flush()
 
     def abort(self) -> None:
@@ -705,35 +710,35 @@ class Transport:
         if not self._gone:
             self._gone, self.paused = True, False
             self._watch(0)
-            self.unsent.clear()
             self._sockets.later(self._lost)
 
     def _flush(self) -> None:
         try:
             while self.unsent:
-                del self.unsent[: self._sock.send(self.unsent[:READ_MAX])]  # TLS wants all of it
+                del self.unsent[: self._sock.send(self.unsent)]
             self._watch(self.watched & READ)
-        except BLOCKED as exc:
-            waits = not isinstance(exc, ssl.SSLWantReadError)  # for the handshake
-            self._watch(self.watched & READ | WRITE * waits)
+        except BlockingIOError:
+            self._watch(self.watched & READ | WRITE)
         except OSError:
             self.abort()
         if self.paused and len(self.unsent) <= self.limit // 4:
             self.paused = False
             self._sockets.later(self.protocol.go_on)
-        if self._then and not self.unsent:
+        if self._then and not (self.unsent or self._plain):
             self._then()
 
     def _shut(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # no TLS any more
+        with contextlib.suppress(OSError):  # it has not said so itself
             if self.tls:
-                self._sock.unwrap()  # which tells the peer, and does not wait for it
+                self.tls.unwrap()
         with contextlib.suppress(OSError):  # it is gone, which is not known here yet
+            if self.tls:
+                self._sock.send(self._out.read())
             self._sock.shutdown(socket.SHUT_WR)
 
     def _lost(self) -> None:
         del self._sockets.ready[self.fd]
-        if self.tls:
+        if self.tls and not self.unsent:
             self._shut()
         self._sock.close()
         protocol, self.protocol, self._then = self.protocol, None, None  # they would be a cycle
@@ -743,29 +748,15 @@ class Transport:
 # --- Subscribers: a WebSocket with its commands, and an event stream. ---
 
 SUBPROTOCOL = "notiflux.v1"
-GOODBYES = {  # why a subscriber is sent away: its close code (RFC 6455 section 7.4) and reason
-    "expired": (1000, ""),
-    "silent": (1001, ""),
-    "refused": (1008, "too many refused commands"),
-    "flood": (1008, "too many frames"),
-    "stopping": (1012, "the server restarts: reconnect after a random pause"),
-    "slow": (4100, "too slow: reconnect and resume"),
-}
+# Why a subscriber is sent away: a WebSocket's close code (RFC 6455 section 7.4) and its reason.
+GOODBYES = {"silent": (1001, ""), "refused": (1008, "too many refused commands")}
+GOODBYES |= {"flood": (1008, "too many frames"), "slow": (4100, "too slow: reconnect and resume")}
+GOODBYES["stopping"] = (1012, "the server restarts: reconnect after a random pause")
 INVALID_SUBSCRIBE = "Invalid subscribe command, it should be: /subscribe <topic> <token>"
 
 
-def address(name: Any) -> str:
-    """Return a socket's name for log and URL: address:port, or unix: and its path."""
-    if not isinstance(name, tuple):
-        return f"unix:{name or ''}"
-    return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
-
-
 class Subscriber(asyncio.Protocol):
-    """Where messages go; as it stands an event stream, a GET /sse whose answer does not end.
-
-    Dropped where more than MAX_BUFFER_BYTES are unsent; a replay goes out piece by piece.
-    """
+    """Where messages go; as it stands an event stream, a GET /sse whose answer does not end."""
 
     __slots__ = "__dict__", "__weakref__", "_idle", "_queue", "encode"  # what each delivery reads
 
@@ -774,20 +765,19 @@ class Subscriber(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self.peer, self.response, self._asked = peer, response, asked  # topics, claims and since
         self.topics, self.encode = set[str](), Message.event_lines
-        self._queue: Callable[[bytes], Any]  # a frame: to the transport, or behind a replay
-        self._idle = -1  # the socket, while nothing may be ahead of what is written to it
+        self._queue: Callable[[bytes], Any] = self._write  # to the transport, or behind a replay
+        self._idle, self.since_s = -1, self._loop.time()  # a socket with nothing ahead; its start
         self.expiring: dict[str, float] = {}  # topic: when its subscription ends, since 1970
         self._replay: deque[tuple[str, Message | bytes]] | None = None  # what waits, and its topic
-        self._behind, self._why = 0, "gone"  # bytes of frames in it; or one of GOODBYES, once ended
+        self._behind, self._why = 0, "gone"  # bytes of frames in it; or why it was sent away
         self._abort: asyncio.TimerHandle | None = None  # set once it is on its way out
-        self.since_s = self._loop.time()  # when it came
 
     def take_over(self, transport: Transport, head: bytes) -> None:
         """Answer its request with `head`, and begin."""
-        self.transport, transport.protocol, transport.read_max = transport, self, FRAMES_READ_MAX
+        self.transport, transport.protocol = transport, self
+        transport.limit, transport.read_max = self._settings.max_buffer_bytes, FRAMES_READ_MAX
+        transport.read(True)  # which a pipeline may have ended
         self._daemon.beats[self] = self.since_s + self._settings.ping_interval
-        transport.read(True)  # which a pipeline may have paused
-        self._go_live()
         self._write(head)
         if not self._asked:
             self.tell("open", id=self._hub.history.position, keepalive=self._settings.ping_interval)
@@ -804,12 +794,10 @@ class Subscriber(asyncio.Protocol):
 
     def _write(self, data: bytes) -> None:
         self.transport.write(data)
+        if self.transport.paused and self._replay is None:  # over MAX_BUFFER_BYTES
+            self._drop("slow")
         other = self.transport.unsent or self.transport.tls or self._replay is not None
         self._idle = -1 if other or self._abort else self.transport.fd
-
-    def pause_writing(self) -> None:
-        if self._replay is None:
-            self._drop("slow")
 
     def connection_lost(self, exc: Exception | None) -> None:
         del self._daemon.beats[self]
@@ -825,24 +813,24 @@ class Subscriber(asyncio.Protocol):
         return self._abort is None
 
     def tell(self, event: str, **members: Any) -> None:
-        """Queue an event."""
-        # What is replayed has ids of its own, which the client must not be ahead of.
-        event_id = "" if members.get("replayed") else members.get("id", "")
-        self.deliver(event_lines(event, dump_json({"event": event, **members}), event_id))
+        """Queue an event; its id is to resume from, and so never ahead of what is replayed."""
+        at = f"id: {members['id']}\n" if "id" in members and not members.get("replayed") else ""
+        data = dump_json({"event": event, **members})
+        self.deliver(f"{at}event: {event}\ndata: {data}\n\n".encode())
 
     def beat(self) -> None:
         """Keep the line alive, and see whether it is."""
         self.deliver(b":\n\n")
 
     def dismiss(self, why: str) -> None:
-        """Close it behind what is queued, for one of GOODBYES."""
+        """Close it behind what is queued, for one of GOODBYES; a stream may be expired, too."""
         self._why = why
         self._retire()  # at once: it resumes all topics, in the order of ids
         self.transport.close()
 
     def end(self, topics: list[str]) -> None:
         """End subscriptions whose expire_at has come; a stream, which resumes all, as a whole."""
-        self._go_live()
+        self._queue = self.transport.write  # past a replay, which ends here
         self.tell("unsubscribed", topics=topics, error="token_expired")
         self.dismiss("expired")
 
@@ -859,13 +847,12 @@ class Subscriber(asyncio.Protocol):
         about |= {"id": self._hub.history.position, "replayed": len(messages)}
         self.tell("subscribed", **about, **({"recovered": recovered} if "-" in since else {}))
         if messages and self._abort is None:
-            if self._replay is None:
-                self._replay, self._queue, self._idle = deque(), self._hold, -1
-                self.transport.limit = REPLAY_PIECE
-            self._replay += ((message.topic, message) for message in messages)
+            self._queue, self._idle, self.transport.limit = self._hold, -1, REPLAY_PIECE
+            self._replay = deque([*(self._replay or ()), *((one.topic, one) for one in messages)])
             self.go_on()
 
     def go_on(self) -> None:
+        """Read on, and send the next piece of a replay."""
         if self.transport.paused:
             return
         self.transport.read(True)
@@ -877,20 +864,16 @@ class Subscriber(asyncio.Protocol):
         if piece:
             self.transport.write(piece)
             self._daemon.later(self.go_on)
-        elif self._replay is not None:
-            self._go_live()
-
-    def _go_live(self) -> None:
-        self._replay, self._queue = None, self._write
-        self.transport.limit = self._settings.max_buffer_bytes
+        elif self._replay is not None:  # all of it is on its way
+            self._replay, self._queue = None, self._write
+            self.transport.limit = self._settings.max_buffer_bytes
 
     def _leave(self, topics: Sequence[str]) -> None:
         for topic in topics:
             self._hub.unsubscribe(self, topic)
             self.expiring.pop(topic, None)
         if self._replay is not None:
-            gone = set(topics)
-            self._replay = deque(one for one in self._replay if one[0] not in gone)
+            self._replay = deque(one for one in self._replay if not one[0] or one[0] in self.topics)
             self._behind = sum(len(one) for _, one in self._replay if isinstance(one, bytes))
 
     def _drop(self, why: str) -> None:
@@ -921,8 +904,7 @@ class WebSocketSubscriber(Subscriber):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        # Frames may still wait for it; the two, a cycle (15.0 to 17.4), would stay for a while.
-        self._protocol.parser = itertools.repeat(None)
+        self._protocol.parser = itertools.repeat(None)  # for frames that wait; its own is a cycle
 
     def data_received(self, data: bytes) -> None:
         self._unanswered = 0
@@ -970,13 +952,11 @@ class WebSocketSubscriber(Subscriber):
         self._send()  # which retires it
 
     def tell(self, event: str, plain: str = "", **members: Any) -> None:
-        if self._json_mode or plain:
-            text = dump_json({"event": event, **members}) if self._json_mode else plain
+        if text := dump_json({"event": event, **members}) if self._json_mode else plain:
             self.deliver(text_frame(text.encode()))
 
     def beat(self) -> None:
-        # Counted, not timed: after a pause of the whole machine nobody is to blame.
-        if self._unanswered >= 2:
+        if self._unanswered >= 2:  # counted, not timed: nobody is to blame for a suspended machine
             self._drop("silent")
             self.transport.abort()
         elif self._abort is None:
@@ -994,36 +974,33 @@ class WebSocketSubscriber(Subscriber):
     def _obey(self, text: str) -> None:
         """Obey one command; the grammar is the Rust program's: words, one space between them."""
         command, _, rest = text.partition(" ")
-        words = rest.split(" ")
-        if command == "/subscribe" and rest and (len(words) not in (2, 3) or not all(words)):
-            self._refuse("subscribe", Refusal(400, INVALID_SUBSCRIBE))
-        elif command == "/subscribe" and rest:
-            self._subscribe(*words)
+        if command == "/subscribe" and rest:
+            self._subscribe(rest.split(" "))
         elif (command == "/unsubscribe" and rest) or text == "/unsubscribe-all":
             self._leave(topics := [rest] if rest else sorted(self.topics))
             self.tell("unsubscribed", topics=topics)
         elif text.startswith("/"):
-            self._refuse("command", Refusal(400, "Unknown command"))
+            self._refuse(Refusal(400, "Unknown command"))
 
-    def _subscribe(self, topic: str, token: str, since: str = "") -> None:
+    def _subscribe(self, words: list[str]) -> None:
+        topic: str | None = None
         try:
-            check_topics([topic])
-            claims = self._daemon.verifier.authorize(token, "subscribe", [topic])
+            refuse_if(len(words) not in (2, 3) or not all(words), 400, INVALID_SUBSCRIBE)
+            topic, token, since = [*words, ""][:3]
+            claims = self._daemon.verifier.authorize(token, "subscribe", check_topics([topic]))
             refuse_if(since and not SINCE.fullmatch(since), 400, "since is an id, latest or all")
             full = topic not in self.topics and len(self.topics) >= self._settings.max_topics
             refuse_if(full, 403, "this connection has as many topics as it may")
-        except Refusal as refusal:
-            self._refuse("subscribe", refusal, topic)
-        else:
             self._follow([topic], claims, since, topic=topic)
+        except Refusal as refusal:
+            self._refuse(refusal, "/subscribe", topic)
 
-    def _refuse(self, operation: str, refusal: Refusal, topic: str | None = None) -> None:
-        self._daemon.refused(self.peer, operation, refusal)
+    def _refuse(self, refusal: Refusal, command: str = "", topic: str | None = None) -> None:
+        self._daemon.refused(self.peer, command[1:] or "command", refusal)
         if topic is not None and CONTROL_CHARACTER.search(topic):  # the answer is one line
             topic = printable(topic)
-        command = "/subscribe" if operation == "subscribe" else None
-        about = {"error": refusal.code, "detail": refusal.detail, "command": command}
         start = "" if topic is None else f"Not allowed to subscribe to {topic}: "
+        about = {"error": refusal.code, "detail": refusal.detail, "command": command or None}
         self.tell("error", start + refusal.detail, **about, topic=topic)
         self._refused += 1
         if self._refused >= COMMANDS_REFUSED_MAX:
@@ -1034,17 +1011,15 @@ class WebSocketSubscriber(Subscriber):
 
 TCHAR = rb"!#$%&'*+.^_`|~0-9A-Za-z-"  # as a set of characters: RFC 9110 section 5.6.2
 HEAD_START = re.compile(rb"[\r" + TCHAR + rb"]")  # a TLS hello may have no line end, ever
-REQUEST_LINE = re.compile(
-    rb"([" + TCHAR + rb"]+) "
-    # RFC 3986's characters, no control characters behind a %, no fragment; RFC 9112 section 3.2
-    rb"(?:[hH][tT][tT][pP][sS]?://([0-9A-Za-z.:\[\]_-]+))?"
-    rb"(\*|(?:/(?:[0-9A-Za-z._~!$&'()*+,;=:@/?-]|%(?:[2-689A-Fa-f][0-9A-Fa-f]|7[0-9A-Ea-e]))*)?)"
-    rb" HTTP/([0-9])\.([0-9])"
+REQUEST_LINE = re.compile(  # RFC 9112 section 3.2; no fragment, no control characters behind a %
+    rb"([" + TCHAR + rb"]+) (?! )"
+    rb"(?:(?i:https?)://(?:[0-9A-Za-z._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?)?"
+    rb"((?<=^OPTIONS )\*|(?:/(?:[0-9A-Za-z._~!$&'()*+,;=:@/?-]"
+    rb"|%(?:[2-689A-Fa-f][0-9A-Fa-f]|7[0-9A-Ea-e]))*)?) HTTP/([0-9])\.([0-9])"
 )
 HEADER_LINE = re.compile(rb"([" + TCHAR + rb"]+):([\t\x20-\x7e\x80-\xff]*)")
 HOST = re.compile(r"(?:[0-9A-Za-z._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 MEMBER = re.compile(f"[{TCHAR.decode()}]+")
-CONTENT_LENGTH = re.compile(r"0|[1-9][0-9]{0,18}")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,16})(?:;[\t\x20-\x7e\x80-\xff]*)?")
 Response = NamedTuple("Response", [("status", int), ("headers", tuple[Any, ...]), ("body", bytes)])
 HEADS: dict[bytes, Head] = {}  # without a fault; one who stays sends the same again and again
@@ -1085,40 +1060,6 @@ def _parse_lines(head: bytes) -> tuple[bytes, defaultdict[str, list[str]]]:
     return first, headers
 
 
-def _parse_head(head: bytes) -> Head:
-    line, headers = _parse_lines(head)  # RFC 9112 section 2.2
-    if not (match := REQUEST_LINE.fullmatch(line)):
-        raise Refusal(400, "a malformed request line")
-    method, authority, target, major, minor = (part.decode() for part in match.groups(b""))
-    elsewhere = authority and (target == "*" or not HOST.fullmatch(authority))
-    if elsewhere or not (authority or target) or (target == "*" and method != "OPTIONS"):
-        raise Refusal(400, "a malformed request line")
-    refuse_if(major != "1" or minor not in "01", 505, "this server speaks HTTP/1.1")
-    hosts = headers["host"]
-    refuse_if(len(hosts) > 1 or (not hosts and minor == "1"), 400, "not exactly one Host header")
-    refuse_if(hosts and not HOST.fullmatch(hosts[0]), 400, "a malformed Host header")
-    path, mark, query = (target or "/").partition("?")
-    return Head(method, path, mark + query, minor == "0", headers)
-
-
-def _frame(head: Head) -> None:
-    codings, lengths = head.headers["transfer-encoding"], head.headers["content-length"]
-    if codings:
-        refuse_if(lengths or len(codings) > 1 or head.is_old, 400, "a length in doubt")
-        if codings[0].lower() != "chunked":  # exactly, since others may read a list otherwise
-            known = all(MEMBER.fullmatch(member.strip(" ")) for member in codings[0].split(","))
-            raise Refusal(501 if known else 400, "a transfer coding other than chunked")
-    elif lengths and (len(lengths) > 1 or not CONTENT_LENGTH.fullmatch(lengths[0])):
-        raise Refusal(400, "a malformed Content-Length")
-    length = None if codings else int(lengths[0]) if lengths else 0
-    refuse_if(length != 0 and head.method in ("GET", "HEAD"), 400, "a body where none belongs")
-    expected = set() if head.is_old else set(head.members("expect"))
-    refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
-    refuse_if(set(head.members("content-encoding")) - {"identity"}, 415, "a compressed body")
-    head.last = "close" in head.members("connection") or head.is_old
-    head.length, head.expects = length, bool(expected)
-
-
 class RequestReader:
     """Reads requests from bytes, however cut: a full match, or a Refusal that ends it. No I/O."""
 
@@ -1151,8 +1092,7 @@ class RequestReader:
             while not (end := self._head_end()):
                 yield None
             if not (head := HEADS.get(raw := bytes(self.buffer[:end]))):
-                self.head = head = _parse_head(raw)
-                _frame(head)
+                head = self._parse_head(raw)
                 if len(HEADS) == HEADS_REMEMBERED:
                     HEADS.clear()
             self.head = HEADS[raw] = head
@@ -1171,15 +1111,41 @@ class RequestReader:
 
     def _head_end(self) -> int:
         """Return where an empty line ends, 0 where there is none yet. Raises Refusal."""
-        last = self.buffer.find(b"\r\n\r\n", 0, HEAD_MAX)
-        part = 0, last + 4 if last >= 0 else HEAD_MAX
+        end = self.buffer.find(b"\r\n\r\n", 0, HEAD_MAX)
+        head = self.buffer[: end if end >= 0 else HEAD_MAX]
         refuse_if(not HEAD_START.match(self.buffer), 400, "a malformed request line")
-        bare = self.buffer.count(b"\n", *part) != self.buffer.count(b"\r\n", *part)
-        refuse_if(bare, 400, "a line that does not end in CRLF")
-        status = 414 if self.buffer.find(b"\n", 0, LINE_MAX + 2) < 0 else 431
-        too_long = last < 0 and len(self.buffer) >= HEAD_MAX
-        refuse_if(too_long, status, "a line, or all of them, are too long")
-        return last + 4 if last >= 0 else 0
+        refuse_if(head.count(b"\n") != head.count(b"\r\n"), 400, "a line that does not end in CRLF")
+        status = 414 if head.find(b"\n", 0, LINE_MAX + 2) < 0 else 431
+        refuse_if(end < 0 and len(head) == HEAD_MAX, status, "a line, or all of them, are too long")
+        return end + 4 if end >= 0 else 0
+
+    def _parse_head(self, raw: bytes) -> Head:
+        line, headers = _parse_lines(raw)  # RFC 9112 section 2.2
+        if not (match := REQUEST_LINE.fullmatch(line)):
+            raise Refusal(400, "a malformed request line")
+        method, target, major, minor = (part.decode() for part in match.groups())
+        refuse_if(major != "1" or minor not in "01", 505, "this server speaks HTTP/1.1")
+        hosts, is_old = headers["host"], minor == "0"
+        refuse_if(len(hosts) > 1 or not (hosts or is_old), 400, "not exactly one Host header")
+        refuse_if(hosts and not HOST.fullmatch(hosts[0]), 400, "a malformed Host header")
+        path, mark, query = (target or "/").partition("?")
+        self.head = head = Head(method, path, mark + query, is_old, headers)  # to refuse it by
+        codings, lengths = headers["transfer-encoding"], headers["content-length"]
+        if codings:
+            refuse_if(lengths or len(codings) > 1 or is_old, 400, "a length in doubt")
+            if codings[0].lower() != "chunked":  # exactly, since others may read a list otherwise
+                known = all(MEMBER.fullmatch(each.strip(" ")) for each in codings[0].split(","))
+                raise Refusal(501 if known else 400, "a transfer coding other than chunked")
+        elif lengths and (len(lengths) > 1 or not re.fullmatch("0|[1-9][0-9]{0,18}", lengths[0])):
+            raise Refusal(400, "a malformed Content-Length")
+        head.length = None if codings else int(lengths[0]) if lengths else 0
+        refuse_if(head.length != 0 and method in ("GET", "HEAD"), 400, "a body where none belongs")
+        expected = set() if is_old else set(head.members("expect"))
+        refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
+        refuse_if(set(head.members("content-encoding")) - {"identity"}, 415, "a compressed body")
+        head.last = "close" in head.members("connection") or is_old
+        head.expects = bool(expected)
+        return head
 
     def _chunks(self) -> Generator[Any, None, bytes]:
         """Read a chunked body; extensions and trailers are dropped (RFC 9112 section 7.1)."""
@@ -1238,9 +1204,8 @@ class HTTPConnection(asyncio.Protocol):
         self._reader = RequestReader(daemon.settings.max_message_bytes)
         self._closing = self._ended = self._owed = False  # last answer sent; no more asked; one due
         self._state: tuple[str, object, int] = ("", None, 0)  # what it does, and how far it is
-        self._deadline = 0.0  # for that, by the loop's clock
         daemon.clients.add(self)
-        if daemon.connected > daemon.settings.max_connections:
+        if daemon.connected() > daemon.settings.max_connections:
             self._refuse(Refusal(503, "the server has as many connections as it may"))
 
     def data_received(self, data: bytes) -> None:
@@ -1268,13 +1233,12 @@ class HTTPConnection(asyncio.Protocol):
         if state != self._state:
             new = doing == "idle" and self._reader.head is None  # which has to say something
             self._state, self._deadline = state, now + TIMEOUTS_S["head" if new else doing]
-        late = now >= self._deadline
-        if doing == "idle":
-            if (late or self._router.stopping) and self._reader.empty and not self._owed:
-                self._close()
-        elif late and doing in ("write", "linger"):
+        due, idle = now >= self._deadline, doing == "idle"
+        if idle and (due or self._router.stopping) and self._reader.empty and not self._owed:
+            self._close()
+        elif due and doing in ("write", "linger"):
             self.transport.abort()
-        elif late:
+        elif due and not idle:
             self._refuse(Refusal(408, f"the {doing} took too long"))
 
     def go_on(self, request: Any = None) -> None:
@@ -1333,15 +1297,10 @@ class HTTPConnection(asyncio.Protocol):
             self._daemon.later(self.go_on, self.transport)  # its next request
 
     def _close(self) -> None:
-        # A close with bytes unread would reset it, and lose the answer: where more may come, only
-        # our side is closed, and what still comes is dropped for a while.
-        self._closing = True
-        if self._ended or self._reader.empty:
-            self.transport.close()
-        else:
-            self._reader.buffer.clear()
-            self.transport.read(True)
-            self.transport.close(half=True)
+        # A close with bytes unread would reset it, and lose the answer: they are dropped a while.
+        self._closing, half = True, not (self._ended or self._reader.empty)
+        self._reader.buffer.clear()
+        self.transport.close(half)
 
 
 # --- Browser: notiflux.js, and the console that is built on it. ---
@@ -1366,9 +1325,8 @@ export class Notiflux {
     socket.onerror = () => {}; this.#watch(); this.#options.onstatus({state: "connecting"});
   }
   #leave(state, pause) {
-    const socket = this.#socket; this.#socket = this.#ready = undefined;  // deaf to it now
-    clearTimeout(this.#timer); socket?.close(); this.#options.onstatus({state});
-    if (state === "waiting") this.#after(pause, () => this.#connect());
+    clearTimeout(this.#timer); this.#socket?.close(); this.#socket = this.#ready = undefined;
+    if (pause >= 0) this.#after(pause, () => this.#connect()); this.#options.onstatus({state});
   }
   #retry() { this.#leave("waiting", Math.random() * Math.min(30_000, 1000 * 2 ** this.#tries++)); }
   #after(pause, act) { clearTimeout(this.#timer); this.#timer = setTimeout(act, pause); }
@@ -1386,54 +1344,48 @@ export class Notiflux {
     this.#keepalive = keepalive ?? this.#keepalive; this.#watch();
     if (event === "open") { this.#ready = this.#socket; status({state: "open"}); }
     const again = event === "open" ? [...this.#topics.keys()] : error && topics || [];
-    for (const name of again) if (this.#topics.has(name)) this.#join(name);
-    if (!known) return;
-    if (event === "message" || (event === "subscribed" && !replayed)) known.since = id;
+    for (const name of again) if (this.#topics.has(name)) this.#join(name); if (!known) return;
+    if (id) { known.refused = false; this.#tries = 0; if (!replayed) known.since = id; }
     if (event === "message") known.callback(message, {topic, id, time});
-    if (event === "subscribed") {
-      known.refused = false; this.#tries = 0; status({state: event, topic, replayed, recovered});
-    } else if (error && !known.refused) { known.refused = true; this.#join(topic); }  // once more
+    else if (event === "subscribed") status({state: event, topic, replayed, recovered});
+    else if (error && !known.refused) { known.refused = true; this.#join(topic); }  // once more
     else if (error && this.#topics.delete(topic)) status({state: "refused", topic, error, detail});
   }
 }"""
 CONSOLE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><link rel="icon" href="data:,">
 <title>notiflux</title><meta name="viewport" content="width=device-width, initial-scale=1"><style>
-  :root { color-scheme: light dark; font: 1rem/1.45 system-ui, sans-serif } ol { padding: 0 }
-  body { max-width: 60rem; margin: auto; padding: 0 1rem } small { display: block }
-  form { display: grid; grid-template-columns: 1fr auto; gap: .5rem } #state { float: right }
-  input, textarea, button { font: inherit; padding: .4rem } [name=topic] { grid-column: 1 / 3 }
-  li { list-style: none; overflow-wrap: anywhere; white-space: pre-wrap }
-  #state::before { content: "\25cf  "; color: #d70 } #state[data-state=open]::before { color: #2a3 }
-</style><h1>notiflux <output id="state"></output></h1>
-<form id="form" autocomplete="off"><input name="topic" required placeholder="Topic" pattern="\S+">
-  <input name="subscribe" placeholder="Token to subscribe"><button>Subscribe</button>
-  <input name="broadcast" placeholder="Token to broadcast"><button id="send">Broadcast</button>
-  <textarea name="message" placeholder="Message"></textarea></form>
+  :root { color-scheme: light dark; font: 1rem/1.45 system-ui, sans-serif } small { display: block }
+  body { max-width: 60rem; margin: auto; padding: 0 1rem } [name=topic] { grid-column: 1 / 3 }
+  form { display: grid; grid: auto / 1fr auto; gap: .5rem } form * { font: inherit; padding: .4rem }
+  li { list-style: none; overflow-wrap: anywhere; white-space: pre-wrap } output { float: right }
+  output::before { content: "\25cf  "; color: #d70 } .open::before { color: #2a3 } ol { padding: 0 }
+</style><h1>notiflux <output></output></h1><form autocomplete="off"><input name="topic" required
+  placeholder="Topic" pattern="\S+"><input name="subscribe" placeholder="Token to subscribe">
+  <button>Subscribe</button><input name="broadcast" placeholder="Token to broadcast">
+  <button>Broadcast</button><textarea name="message" placeholder="Message"></textarea></form>
 <ol id="messages" aria-label="Messages" aria-live="polite"></ol><script type="module">
-  import {Notiflux} from "./notiflux.js";
-  const at = id => document.getElementById(id), tokens = new Map();
-  const show = (text, about, time = Date.now()) => {
+  import {Notiflux} from "./notiflux.js"; const at = name => document.querySelector(name);
+  const tokens = new Map(), show = (text, about, time = Date.now()) => {
     const [item, small] = ["li", "small"].map(name => document.createElement(name));
     small.textContent = `${new Date(time).toLocaleString()} · ${about}`;
     item.append(small, typeof text === "string" ? text : JSON.stringify(text));  // never as markup
-    at("messages").prepend(item); at("messages").children[500]?.remove();
+    at("ol").prepend(item); at("ol").children[500]?.remove();
   };
   const onstatus = ({state, topic, replayed, recovered, error, detail}) => {
     const missed = recovered === false ? "messages may have been missed, " : "";
     const news = error ? `${error}: ${detail}` : `subscribed, ${missed}${replayed} from history`;
-    if (topic) show(news, topic); else at("state").textContent = at("state").dataset.state = state;
+    if (topic) show(news, topic); else at("output").textContent = at("output").className = state;
   };
   const client = new Notiflux(new URL("ws", location), {token: t => tokens.get(t), onstatus});
   at("form").onsubmit = async event => { event.preventDefault();
     const {topic, message, subscribe, broadcast} = Object.fromEntries(new FormData(at("form")));
-    if (event.submitter !== at("send")) {
-      const heard = (message, {id, time}) => show(message, `${topic} · ${id}`, time);
-      tokens.set(topic, subscribe); return client.subscribe(topic, heard, {since: "all"});
-    }
+    const heard = (message, {id, time}) => show(message, `${topic} · ${id}`, time);
+    if (event.submitter.textContent === "Subscribe")
+      return tokens.set(topic, subscribe) && client.subscribe(topic, heard, {since: "all"});
     const body = JSON.stringify({topic, message, token: broadcast});
-    const unknown = error => ({detail: `no answer, so it may have happened: ${error.message}`});
     const asked = fetch("broadcast", {method: "POST", body}).then(reply => reply.json());
-    const reply = await asked.catch(unknown); show(reply.detail ?? reply, `broadcast to ${topic}`);
+    const said = await asked.catch(error => `no answer, so it may have happened: ${error.message}`);
+    show(said.detail ?? said, `broadcast to ${topic}`);
   };
   for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
     if (name in at("form")) at("form")[name].value = value;</script>"""
@@ -1476,13 +1428,13 @@ class LogHandler(logging.Handler):
 def exposition(daemon: Any) -> bytes:
     """Return the metrics in Prometheus' text format, in the same time whoever is connected."""
     hub, history, counts, resident, lines = daemon.hub, daemon.hub.history, daemon.counts, 0, []
-    with contextlib.suppress(OSError):  # Linux has it
+    with contextlib.suppress(OSError):  # where /proc is hidden
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     broadcasts, below = sum(hub.took), itertools.accumulate(hub.took)
     took = {f'_bucket{{le="{le}"}}': n for le, n in zip((*TOOK_S, "+Inf"), below, strict=True)}
     took |= {"_sum": hub.took_s, "_count": broadcasts}
     for name, kind, about, value in (
-        ("notiflux_connections", "gauge", "Open connections", daemon.connected),
+        ("notiflux_connections", "gauge", "Open connections", daemon.connected()),
         ("notiflux_subscriptions", "gauge", "Topics of all subscribers", hub.subscriptions),
         ("notiflux_topics", "gauge", "Topics with a subscriber", len(hub.topics)),
         ("notiflux_broadcasts_total", "counter", "Broadcasts that happened", broadcasts),
@@ -1501,13 +1453,6 @@ def exposition(daemon: Any) -> bytes:
         values = value if isinstance(value, dict) else {"": value}
         lines += [f"{name}{labels} {number}" for labels, number in values.items()]
     return "\n".join([*lines, ""]).encode()
-
-
-def notify(environment: Mapping[str, str], *lines: str) -> None:
-    """Tell systemd, where it wants to hear: sd_notify(3)."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
-        where = re.sub("^@", "\0", environment.get("NOTIFY_SOCKET", ""))
-        end.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, where)
 
 
 def activated_sockets(environment: Mapping[str, str]) -> list[socket.socket]:
@@ -1596,13 +1541,12 @@ class Router:
         return self._respond(head, 200, exposition(self._daemon), more)
 
     def _websocket(self, connection: Any, head: Head, data: bytes) -> WebSocketSubscriber:
-        """Return the subscriber that a good handshake makes (RFC 6455 section 4.2)."""
         upgrade = "upgrade" in head.members("connection") and not head.is_old
         asked = upgrade and head.members("upgrade") == ["websocket"] and head.method == "GET"
         refuse_if(not asked, 426, "no WebSocket handshake: a proxy in front must forward Upgrade")
         versions, keys = (head.headers[f"sec-websocket-{name}"] for name in ("version", "key"))
         good = len(versions) == len(keys) == 1 and re.fullmatch(r"[A-Za-z0-9+/]{22}==", keys[0])
-        refuse_if(not good, 400, "a malformed WebSocket handshake")
+        refuse_if(not good, 400, "a malformed WebSocket handshake")  # RFC 6455 section 4.2
         refuse_if(versions[0] != "13", 426, "this server speaks WebSocket version 13")
         json_mode = SUBPROTOCOL in head.members("sec-websocket-protocol", str)
         more = {"Upgrade": "websocket", "Connection": "Upgrade"}
@@ -1615,7 +1559,6 @@ class Router:
         return [value[7:].strip(" ") for value in values if value[:7].lower() == "bearer "]
 
     def _recognize(self, head: Head, data: bytes) -> Any:
-        """Raise Refusal unless there is some good token: others have to wait while it is parsed."""
         found = self._bearer_tokens(head) or TOKEN_MEMBER.findall(data.decode("latin-1"))
         refuse_if(not found, 401, "no token in so large a body: send Authorization: Bearer")
         for token in found[:4] + found[-4:]:  # a message may have others, but on one side only
@@ -1624,7 +1567,7 @@ class Router:
         return self._daemon.verifier.verify(found[0])  # which says why not
 
     def _broadcast(self, connection: Any, head: Head, data: bytes) -> None:
-        if len(data) > STRANGER_MAX:
+        if len(data) > STRANGER_MAX:  # others wait while it is parsed: some token has to be good
             self._recognize(head, data)
         try:
             body = parse_json(data)
@@ -1661,7 +1604,7 @@ class Router:
         some = [m for m, n in zip(held, sizes, strict=True) if n <= 4 * BATCH_MAX] or held[:1]
         about = {"id": some[-1].id if some != held else history.position, "recovered": recovered}
         start = dump_json(about)[:-1]
-        body = f'{start},"messages":[{",".join(f"{{{m.members}}}" for m in some)}]}}\n'.encode()
+        body = f'{start},"messages":[{",".join(f"{{{m.members()}}}" for m in some)}]}}\n'.encode()
         return self._respond(head, 200, body, JSON | NO_STORE)
 
     def _query(self, head: Head) -> tuple[list[str], Claims, str]:
@@ -1692,37 +1635,33 @@ class Daemon:
 
     def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
         self.verifier, self._environment = TokenVerifier(load_keys(settings)), environment
-        self._notify = functools.partial(notify, environment)
         self.started_s, allowed = time.time(), resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 64
         if (settings.max_connections or 1) > allowed:
             raise SettingsError(f"MAX_CONNECTIONS: expected at most {allowed}, as open files allow")
         self.settings = replace(settings, max_connections=settings.max_connections or allowed)
         bounds = settings.history_size, settings.history_seconds, settings.history_bytes
         self.hub = Hub(History(*bounds), min(BATCH_MAX, settings.max_buffer_bytes // 8))
-        self._listeners: list[socket.socket] = []
         self.clients: set[HTTPConnection] = set()  # that may send requests
         self.beats: OrderedDict[Subscriber, float] = OrderedDict()  # and when each is due
         self.counts = defaultdict[str, Counter[Any]](Counter)  # by what, and by label
         self._router, self._stop = Router(self), asyncio.Event()
-        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if settings.tls_cert_file else None
-        self._load_certificate()
+        self._tls = self._load_certificate()
 
     def refused(self, peer: str, op: str, refusal: Refusal) -> None:
         """Count a refusal, and log it in the one stable form that other programs may read."""
         self.counts["refusals"][f'{{reason="{refusal.code}"}}'] += 1
         log.info('refused peer=%s op=%s why=%s detail="%s"', peer, op, refusal.code, refusal.detail)
 
-    def _load_certificate(self) -> None:
-        cert, key = cast(str, self.settings.tls_cert_file), self.settings.tls_key_file
+    def _load_certificate(self) -> ssl.SSLContext | None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            if self._tls:
-                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, "")
-                self._tls.load_cert_chain(cert, key, "")  # which a bad pair would leave half new
+            if cert := self.settings.tls_cert_file:
+                context.load_cert_chain(cert, self.settings.tls_key_file, "")
         except OSError as exc:  # ssl.SSLError is one
             expected = "a certificate chain in PEM and its key"
             raise SettingsError(f"TLS_CERT_FILE, TLS_KEY_FILE: expected {expected}") from exc
+        return context if cert else None
 
-    @property
     def connected(self) -> int:
         """How many are open, of whatever kind."""
         return len(self.clients) + len(self.beats)
@@ -1753,8 +1692,7 @@ class Daemon:
 
     def stop(self) -> None:
         """Begin to drain; called once more, cut whoever is left."""
-        everyone: list[Any] = [*self.clients, *self.beats]
-        for one in everyone if self._stop.is_set() else ():
+        for one in itertools.chain[Any](self.clients, self.beats) if self._stop.is_set() else ():
             one.transport.abort()
         self._stop.set()
 
@@ -1763,33 +1701,37 @@ class Daemon:
         self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             keys = load_keys(self.settings)
-            self._load_certificate()
+            self._tls = self._load_certificate()  # for those that come from now on
             self.verifier.replace_keys(keys)
             log.info("reloaded keys=%d", len(keys))
         except SettingsError as exc:
             log.error("reload failed, the old keys stay: %s", exc)
         self._notify("READY=1")
 
+    def _notify(self, *lines: str) -> None:  # systemd, where it wants to hear: sd_notify(3)
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+            where = re.sub("^@", "\0", self._environment.get("NOTIFY_SOCKET", ""))
+            end.sendto("\n".join(lines).encode(), socket.MSG_DONTWAIT, where)
+
     async def _serve(self) -> list[websockets.asyncio.server.Server]:
-        settings = self.settings
         where: list[Any] = [{"sock": each} for each in activated_sockets(self._environment)]
-        if not where and settings.host.startswith("unix:"):
-            where = [{"unix": True, "path": settings.host.removeprefix("unix:")}]
+        if not where and self.settings.host.startswith("unix:"):
+            where = [{"unix": True, "path": self.settings.host.removeprefix("unix:")}]
             with socket.socket(socket.AF_UNIX) as client:  # asyncio removes one that nobody serves
                 client.setblocking(False)
                 error = client.connect_ex(where[0]["path"]) or errno.EADDRINUSE
             if error not in (errno.ECONNREFUSED, errno.ENOENT):
                 raise OSError(error, os.strerror(error))
+        where = where or [{"host": self.settings.host, "port": self.settings.port}]
         # Neither is called: HTTPConnection asks the router itself, and no connection needs a task.
         how: Any = {"handler": None, "process_request": self._router.process_request}
-        how["start_serving"] = False  # since _accept does
-        where = where or [{"host": settings.host, "port": settings.port}]
+        how["start_serving"] = False  # it only binds; _accept serves
         servers = [await websockets.asyncio.server.serve(**each, **how) for each in where]
         if "path" in where[0]:
             os.chmod(where[0]["path"], 0o666)  # a proxy is another user; tokens say who may what
-        silence_ms = int(2000 * settings.ping_interval)  # nothing acknowledged: it is gone
-        for listener in (each.dup() for server in servers for each in server.sockets):
-            self._listeners.append(listener)
+        silence_ms = int(2000 * self.settings.ping_interval)  # nothing acknowledged: it is gone
+        self._listeners = [each.dup() for server in servers for each in server.sockets]
+        for listener in self._listeners:  # copies: what asyncio has cannot accept()
             listener.listen(LISTEN_QUEUE)  # from here on _sweep accepts
             with contextlib.suppress(OSError):  # a Unix socket
                 listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1797,18 +1739,16 @@ class Daemon:
         return servers
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(ACCEPT_MAX):
-            try:
+        try:
+            for _ in range(ACCEPT_MAX):
                 client, peer = listener.accept()
-            except (BlockingIOError, ConnectionError):  # nobody waits any more
-                return
-            except OSError as exc:  # until the next sweep; they wait in the kernel
+                with contextlib.suppress(OSError):  # it is gone again
+                    transport = Transport(client, peer, self._sockets, self._tls)
+                    HTTPConnection(self, self._router, transport)
+        except OSError as exc:
+            if not isinstance(exc, BlockingIOError | ConnectionError):  # else nobody waits any more
                 log.error("cannot accept: %s", exc.strerror)
-                asyncio.get_running_loop().remove_reader(listener)
-                return
-            with contextlib.suppress(OSError):  # it is gone again
-                transport = Transport(client, peer, self._sockets, self._tls)
-                HTTPConnection(self, self._router, transport)
+                asyncio.get_running_loop().remove_reader(listener)  # until the next sweep
 
     def _sweep(self) -> None:
         loop, beats, now_s = asyncio.get_running_loop(), self.beats, time.time()
@@ -1828,31 +1768,31 @@ class Daemon:
             beats[subscriber] = now + self.settings.ping_interval
             beats.move_to_end(subscriber)
             subscriber.beat()
-        if self.connected >= self.settings.max_connections:  # to make room
+        if self.connected() >= self.settings.max_connections:  # to make room
             for idle in [one for one in beats if not one.topics and one.since_s < now - 10]:
                 idle.dismiss("silent")
         self.hub.history.expire(time.monotonic(), at_most=10_000)  # some 20 ms
-        status = f"STATUS=connections={self.connected} topics={len(self.hub.topics)}"
-        self._notify("WATCHDOG=1", status)
+        topics = len(self.hub.topics)
+        self._notify("WATCHDOG=1", f"STATUS=connections={self.connected()} topics={topics}")
 
     async def _drain(self, servers: list[websockets.asyncio.server.Server]) -> None:
         loop, subscribers = asyncio.get_running_loop(), list(self.beats)
         deadline = loop.time() + self.settings.stop_timeout
-        log.info("stopping connections=%d", self.connected)
+        log.info("stopping connections=%d", self.connected())
         self._router.stopping = True
         for server in servers:
             server.close(close_connections=False)
-        for listener in self._listeners:  # at once
+        for listener in self._listeners:
             loop.remove_reader(listener)
             listener.close()
         share = math.ceil(len(subscribers) / max(1, self.settings.stop_timeout / 2 / 0.02))
-        while self.connected and loop.time() < deadline:
+        while self.connected() and loop.time() < deadline:
             for subscriber in subscribers[:share]:
                 subscriber.dismiss("stopping")
             del subscribers[:share]
             await asyncio.sleep(0.02)
             self._sweep()
-        log.info("stopped connections_cut=%d", self.connected)
+        log.info("stopped connections_cut=%d", self.connected())
         self.stop()  # once more: cut whoever is left
         while self._sockets.due:
             await asyncio.sleep(0)  # until they are gone
@@ -1867,8 +1807,7 @@ notiflux {v}, with a throwaway key: FOR TRYING IT OUT, NOT FOR PRODUCTION. Ctrl-
 In a browser: {url}/#topic=news&subscribe={subscribe}&broadcast={broadcast}
 To subscribe: curl -N '{url}/sse?topic=news' -H 'Authorization: Bearer {subscribe}'
 To broadcast: curl {url}/broadcast -d '{{"topic": "news", "message": "hi", "token": "{broadcast}"}}'
-The tokens are good for every topic, until this stops. What next: README.md, "Deployment".
-"""
+The tokens are good for every topic, until this stops. What next: README.md, "Deployment".\n"""
 
 
 def _new_keys() -> tuple[bytes, bytes]:
@@ -1876,6 +1815,14 @@ def _new_keys() -> tuple[bytes, bytes]:
     pkcs8, spki = serialization.PrivateFormat.PKCS8, serialization.PublicFormat.SubjectPublicKeyInfo
     private = key.private_bytes(pem, pkcs8, serialization.NoEncryption())
     return private, key.public_key().public_bytes(pem, spki)
+
+
+def _private_key(path: str) -> ec.EllipticCurvePrivateKey:
+    with contextlib.suppress(ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
+        key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
+        if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
+            return key
+    raise CommandError(f"{path}: expected an EC P-256 private key in PEM")
 
 
 def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], life_s: float) -> str:
@@ -1909,7 +1856,7 @@ def _run(settings: Settings, listening: Callable[[list[str]], None] = lambda url
         runner.run(daemon.run(listening))
 
 
-def dev_command(options: argparse.Namespace) -> None:
+def _dev(options: argparse.Namespace) -> None:
     """run the daemon with a throwaway key, and print what to type next"""
     private, public = _new_keys()
     config = _settings(JWT_PUBLIC_KEY_B64=base64.b64encode(public).decode(), JWT_PUBLIC_KEY_FILE="")
@@ -1917,7 +1864,7 @@ def dev_command(options: argparse.Namespace) -> None:
     _run(config, lambda urls: print(WELCOME.format(v=VERSION, url=urls[0], **tokens), flush=True))
 
 
-def keygen_command(options: argparse.Namespace) -> None:
+def _keygen(options: argparse.Namespace) -> None:
     """make the key pair: private.pem signs tokens, public.pem is the daemon's"""
     (private, public), folder = _new_keys(), Path(options.directory)
     files = [(folder / "private.pem", 0o600, private), (folder / "public.pem", 0o644, public)]
@@ -1930,21 +1877,67 @@ def keygen_command(options: argparse.Namespace) -> None:
     print(f"JWT_PUBLIC_KEY_B64={base64.b64encode(public).decode()}")
 
 
-def token_command(options: argparse.Namespace) -> None:
+def _token(options: argparse.Namespace) -> None:
     """print a token that lets its holder subscribe or broadcast"""
     if not options.key or not (options.topic or options.prefix):
         options.wrong_usage("expected --key or NOTIFLUX_KEY_FILE, and a topic or --prefix")
-    key: Any = None
-    with contextlib.suppress(ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
-        key = serialization.load_pem_private_key(Path(options.key).read_bytes(), None)
-    if not (isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1"):
-        raise CommandError(f"{options.key}: expected an EC P-256 private key in PEM")
+    key = _private_key(options.key)
     token = _sign(key, options.scope, options.topic, options.prefix, options.expires)
     TokenVerifier([key.public_key()]).verify(token)  # it may be too long
     print(token)
 
 
-def check_command(options: argparse.Namespace) -> None:
+def _ask(options: Any, scope: str, path: str, body: bytes | None = None) -> Any:
+    if not (options.token or options.key):
+        options.wrong_usage("expected --token, --key, NOTIFLUX_TOKEN or NOTIFLUX_KEY_FILE")
+    token = options.token or _sign(_private_key(options.key), scope, options.topic, [], 60)
+    bearer = {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(options.url.rstrip("/") + path, body, bearer)
+    try:
+        return urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as exc:
+        if body is None and exc.code >= 500:  # may be tried again
+            raise
+        why = printable(exc.read(1000).decode("latin-1").strip())
+        raise CommandError(f"{exc.code} {why}") from exc
+
+
+def _publish(options: argparse.Namespace) -> None:
+    """broadcast a message, or standard input for -; print its id and how many it reached"""
+    message = sys.stdin.read() if options.message == "-" else options.message
+    body = dump_json({"topics": options.topic, "message": message}).encode()
+    print(*json.load(_ask(options, "broadcast", "/broadcast", body)).values())
+
+
+def _events(options: Any) -> Iterable[bytes]:
+    query = {"topic": options.topic, "since": options.since}
+    while True:
+        read = dict[bytes, bytes]()  # of an event; where the line is cut, half of one is dropped
+        try:
+            for line in _ask(options, "subscribe", f"/sse?{urllib.parse.urlencode(query, True)}"):
+                name, _, read[name] = line.rstrip(b"\n").partition(b": ")
+                if line == b"\n" and b"data" in read:  # the end of an event
+                    query["since"] = read.get(b"id", query["since"])
+                    yield read.pop(b"data")
+        except (OSError, http.client.HTTPException) as exc:
+            print(f"notiflux: {exc}; trying again", file=sys.stderr)
+        time.sleep(random.uniform(0.5, 2))
+
+
+def _subscribe(options: argparse.Namespace) -> None:
+    """print messages as they come; reconnect and resume by itself"""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which ends it, without a word
+    if options.key and not options.token:
+        _private_key(options.key)  # one that cannot be read is no reason to try again
+    for event in map(json.loads, _events(options)):
+        if event["event"] == "message":
+            said = event if options.json else event["message"]
+            print(said if isinstance(said, str) else dump_json(said), flush=True)
+        elif event.get("recovered") is False:
+            print("notiflux: messages may have been missed", file=sys.stderr)
+
+
+def _check(options: argparse.Namespace) -> None:
     """check settings and key, or say what a token grants"""
     verifier = Daemon(_settings(), {}).verifier
     claims = options.token and verifier.verify(options.token)
@@ -1963,20 +1956,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(command=lambda options: _run(_settings()))
     commands = parser.add_subparsers(title="commands", metavar="")
-    for command in (dev_command, keygen_command, token_command, check_command):
-        name, text = command.__name__.removesuffix("_command"), command.__doc__
-        added = commands.add_parser(name, help=text, description=text)
-        added.set_defaults(command=command, wrong_usage=added.error)
-    _, keygen, token, check = (each.add_argument for each in commands.choices.values())
-    keygen("directory", nargs="?", default=".", help="where to (here)")
-    token("scope", choices=["subscribe", "broadcast"])
-    token("topic", nargs="*", help="a topic that the token is for")
-    token("--prefix", action="append", default=[], help="all topics that begin so")
-    token("--key", default=os.environ.get("NOTIFLUX_KEY_FILE"), help="private.pem")
-    token("--expires", type=_duration, default=60, help="how long it is good (60s)")
-    check("token", nargs="?")
-    for one in (parser, *commands.choices.values()):
-        one.add_argument("--version", action="version", version=f"notiflux {VERSION}")
+    for run in (_dev, _keygen, _token, _publish, _subscribe, _check):
+        added = commands.add_parser(run.__name__[1:], help=run.__doc__, description=run.__doc__)
+        added.set_defaults(command=run, wrong_usage=added.error)
+    add: dict[str, Any] = {name: each.add_argument for name, each in commands.choices.items()}
+    add["keygen"]("directory", nargs="?", default=".", help="where to (here)")
+    add["check"]("token", nargs="?")
+    add["token"]("scope", choices=["subscribe", "broadcast"])
+    add["token"]("--prefix", action="append", default=[], help="all topics that begin so")
+    add["token"]("--expires", type=_duration, default=60, help="how long it is good (60s)")
+    for name, nargs in {"token": "*", "publish": 1, "subscribe": "+"}.items():
+        add[name]("topic", nargs=nargs, help="a topic that it is for")
+        add[name]("--key", default=os.environ.get("NOTIFLUX_KEY_FILE"), help="private.pem")
+    add["publish"]("message")
+    add["subscribe"]("--since", default="", help="an id, latest or all: what to replay first")
+    add["subscribe"]("--json", action="store_true", help="one JSON object a line, with id and time")
+    for name in ("publish", "subscribe"):
+        add[name]("--url", default=os.environ.get("NOTIFLUX_URL") or "http://127.0.0.1:8080")
+        add[name]("--token", default=os.environ.get("NOTIFLUX_TOKEN"), help="or a key to make one")
+    for each in (parser, *commands.choices.values()):
+        each.add_argument("--version", action="version", version=f"notiflux {VERSION}")
     return parser
 
 
@@ -1988,13 +1987,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
         print(end="", flush=True)
-    except (CommandError, Refusal, OSError, UnicodeError) as exc:
+    except (CommandError, Refusal, OSError, ValueError, http.client.HTTPException) as exc:
         print(f"{'<3>' * LogHandler(os.environ).journal}notiflux: {exc}", file=sys.stderr)
         if isinstance(exc, OSError):  # what cannot be written is not tried again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 78 if isinstance(exc, SettingsError) and options.command != check_command else 1
+        return 78 if isinstance(exc, SettingsError) and options.command != _check else 1
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it without a word; the daemon has its own
     sys.exit(main())
