@@ -72,7 +72,7 @@ LEEWAY_S = 60  # how far clocks may drift apart before a token is refused
 TOKEN_MAX, TOKENS_REMEMBERED = 8 * 1024, 1024  # bytes of one; those kept once verified: 8 MiB
 STRANGER_MAX = 16 * 1024  # bytes of a body that is parsed before a good token was seen
 TOPIC_MAX, JSON_DEPTH_MAX = 512, 64  # bytes of a topic in UTF-8; arrays and objects in one another
-MESSAGE_OVERHEAD = 700  # bytes it takes to hold a message, beside its text and its topic's
+MESSAGE_OVERHEAD = 800  # bytes it takes to hold a message, beside its text and its topic's
 REPLAY_PIECE, BATCH_MAX = 16 * 1024, 64 * 1024  # bytes unsent, or sent in a turn; in one write
 TURN_BYTES = 8 * 1024 * 1024  # of frames that are written in one turn of the loop: some 20 ms
 DELIVERY_BYTES = 4 * 1024  # that each write counts as besides, since short ones take time, too
@@ -415,7 +415,7 @@ class History:
         """Return `payload` as the next message on `topic`, and hold it within the bounds."""
         self._seq = seq = self._seq + 1
         self.position = f"{self._epoch}-{seq}"
-        size = MESSAGE_OVERHEAD + sys.getsizeof(payload) + sys.getsizeof(topic)
+        size = MESSAGE_OVERHEAD + len(payload) + 4 * len(topic)
         times = time.time_ns() // 10**6, time.monotonic()
         message = self.held[seq] = Message(self.position, topic, payload, is_text, size, *times)
         self.bytes_held += size
@@ -425,7 +425,6 @@ class History:
             self._forget(seqs[1])
         while self.bytes_held > self._bytes_max:
             self._forget(next(iter(self.held)))
-        self.expire(message.added_s, at_most=2)  # so that it shrinks faster than it grows
         return message
 
     def expire(self, now_s: float, at_most: int) -> None:
@@ -525,6 +524,7 @@ class Hub:
             message = self.history.add(topic, payload, is_text)
             batch.messages.append((message, sent))  # and whom to tell to how many it went
             size += message.size
+        self.history.expire(message.added_s, 2 * len(batch.messages))  # shrinks faster than it grows
         return batch
 
     def _flush(self) -> None:
