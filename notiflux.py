@@ -536,9 +536,8 @@ class Hub:
                 self.sending, frames = topic, dict[Any, bytes]()  # by what made them, each once
                 while audience and room > 0:
                     subscriber = audience.pop()
-                    if (encode := subscriber.encode) not in frames:
-                        frames[encode] = b"".join([encode(message) for message, _ in messages])
-                    frame = frames[encode]
+                    if not (frame := frames.get(encode := subscriber.encode)):
+                        frame = frames[encode] = b"".join([encode(one) for one, _ in messages])
                     self._delivered += subscriber.deliver(frame) is not False
                     room -= len(frame) + DELIVERY_BYTES
                 room -= DELIVERY_BYTES
