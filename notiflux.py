@@ -524,7 +524,7 @@ class Hub:
             message = self.history.add(topic, payload, is_text)
             batch.messages.append((message, sent))  # and whom to tell to how many it went
             size += message.size
-        self.history.expire(message.added_s, 2 * len(batch.messages))  # shrinks faster than it grows
+        self.history.expire(message.added_s, 2 * len(batch.messages))  # faster than it grows
         return batch
 
     def _flush(self) -> None:
