@@ -68,18 +68,15 @@ try:
 except (ImportError, ValueError) as exc:  # ValueError: websockets reads variables of its own
     sys.exit(f"notiflux: cannot use a package ({exc}); to run it with venv/bin/python: {INSTALL}")
 
-LEEWAY_S = 60  # how far clocks may drift apart before a token is refused
 TOKEN_MAX, TOKENS_REMEMBERED = 8 * 1024, 1024  # bytes of one; those kept once verified: 8 MiB
-STRANGER_MAX = 16 * 1024  # bytes of a body that is parsed before a good token was seen
+LEEWAY_S, STRANGER_MAX = 60, 16 * 1024  # clocks' drift; bytes parsed before a good token is seen
 TOPIC_MAX, JSON_DEPTH_MAX = 512, 64  # bytes of a topic in UTF-8; arrays and objects in one another
 MESSAGE_OVERHEAD = 800  # bytes it takes to hold a message, beside its text and its topic's
 REPLAY_PIECE, BATCH_MAX = 16 * 1024, 64 * 1024  # bytes unsent, or sent in a turn; in one write
-TURN_BYTES = 8 * 1024 * 1024  # of frames that are written in one turn of the loop: some 20 ms
-DELIVERY_BYTES = 4 * 1024  # that each write counts as besides, since short ones take time, too
+TURN_BYTES, DELIVERY_BYTES = 8 * 1024 * 1024, 4 * 1024  # of frames in a turn: 20 ms; besides, each
 COMMAND_MAX, COMMANDS_REFUSED_MAX = 16 * 1024, 16  # bytes of one: a token, a topic, room to spare
-LINE_MAX = 8 * 1024  # bytes of the request line, and of one header line, without CRLF
 HEAD_MAX, HEADERS_MAX = 16 * 1024, 64  # bytes of a whole head with its empty line; header lines
-HEADS_REMEMBERED = 128  # that were read without a fault, at most 2 MiB of them
+LINE_MAX, HEADS_REMEMBERED = 8 * 1024, 128  # bytes of a line without CRLF; good heads kept: 2 MiB
 CHUNKS_MAX, CHUNK_LINE_MAX = 256, 256  # in one step: some 1 ms; bytes of a size line
 UNSENT_MAX, READ_MAX = 64 * 1024, 32 * 1024  # bytes: with more unsent none are read; read at once
 FRAMES_READ_MAX = 1024  # the same of frames, of which an empty one has 6; of HTTP without a step
@@ -1817,11 +1814,12 @@ def _new_keys() -> tuple[bytes, bytes]:
 
 
 def _private_key(path: str) -> ec.EllipticCurvePrivateKey:
-    with contextlib.suppress(ValueError, TypeError, cryptography.exceptions.UnsupportedAlgorithm):
+    unsupported = cryptography.exceptions.UnsupportedAlgorithm
+    with contextlib.suppress(OSError, ValueError, TypeError, unsupported):
         key = serialization.load_pem_private_key(Path(path).read_bytes(), None)
         if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name == "secp256r1":
             return key
-    raise CommandError(f"{path}: expected an EC P-256 private key in PEM")
+    raise CommandError(f"{path}: expected a file with an EC P-256 private key in PEM")
 
 
 def _sign(key: Any, scope: str, topics: list[str], prefixes: list[str], life_s: float) -> str:
@@ -1878,34 +1876,39 @@ def _keygen(options: argparse.Namespace) -> None:
 
 def _token(options: argparse.Namespace) -> None:
     """print a token that lets its holder subscribe or broadcast"""
-    if not options.key or not (options.topic or options.prefix):
+    path = options.key or os.environ.get("NOTIFLUX_KEY_FILE", "")
+    if not path or not (options.topic or options.prefix):
         options.wrong_usage("expected --key or NOTIFLUX_KEY_FILE, and a topic or --prefix")
-    key = _private_key(options.key)
+    key = _private_key(path)
     token = _sign(key, options.scope, options.topic, options.prefix, options.expires)
     TokenVerifier([key.public_key()]).verify(token)  # it may be too long
     print(token)
 
 
 def _ask(options: Any, scope: str, path: str, body: bytes | None = None) -> Any:
-    if not (options.token or options.key):
-        options.wrong_usage("expected --token, --key, NOTIFLUX_TOKEN or NOTIFLUX_KEY_FILE")
+    if not (options.key or options.token):  # then the environment's
+        options.token, options.key = map(os.environ.get, ("NOTIFLUX_TOKEN", "NOTIFLUX_KEY_FILE"))
+    if not (options.key or options.token) or not re.match(r"https?://[^/\s]", options.url):
+        options.wrong_usage("expected --key or --token, and --url http://... or https://...")
     token = options.token or _sign(_private_key(options.key), scope, options.topic, [], 60)
-    bearer = {"Authorization": f"Bearer {token}"}
-    request = urllib.request.Request(options.url.rstrip("/") + path, body, bearer)
+    request = urllib.request.Request(options.url.rstrip("/") + path, body)
+    request.add_unredirected_header("Authorization", f"Bearer {token}")
     try:
         return urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as exc:
         if body is None and exc.code >= 500:  # may be tried again
             raise
-        why = printable(exc.read(1000).decode("latin-1").strip())
-        raise CommandError(f"{exc.code} {why}") from exc
+        raise CommandError(f"{exc.code} {printable(exc.read(999).decode('latin-1'))}") from exc
 
 
 def _publish(options: argparse.Namespace) -> None:
     """broadcast a message, or standard input for -; print its id and how many it reached"""
-    message = sys.stdin.read() if options.message == "-" else options.message
+    message = Path("/dev/stdin").read_text() if options.message == "-" else options.message
     body = dump_json({"topics": options.topic, "message": message}).encode()
-    print(*json.load(_ask(options, "broadcast", "/broadcast", body)).values())
+    answer = _ask(options, "broadcast", "/broadcast", body).read().decode()
+    if not (told := re.fullmatch(r'{"id": "(\S+)", "delivered": (\d+)}\n', answer)):
+        raise CommandError(f"that is not how notiflux answers: {printable(answer)}")
+    print(*told.groups())
 
 
 def _events(options: Any) -> Iterable[bytes]:
@@ -1919,15 +1922,13 @@ def _events(options: Any) -> Iterable[bytes]:
                     query["since"] = read.get(b"id", query["since"])
                     yield read.pop(b"data")
         except (OSError, http.client.HTTPException) as exc:
-            print(f"notiflux: {exc}; trying again", file=sys.stderr)
+            print(f"notiflux: {printable(str(exc))}; trying again", file=sys.stderr)
         time.sleep(random.uniform(0.5, 2))
 
 
 def _subscribe(options: argparse.Namespace) -> None:
     """print messages as they come; reconnect and resume by itself"""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # which ends it, without a word
-    if options.key and not options.token:
-        _private_key(options.key)  # one that cannot be read is no reason to try again
     for event in map(json.loads, _events(options)):
         if event["event"] == "message":
             said = event if options.json else event["message"]
@@ -1966,13 +1967,13 @@ def _parser() -> argparse.ArgumentParser:
     add["token"]("--expires", type=_duration, default=60, help="how long it is good (60s)")
     for name, nargs in {"token": "*", "publish": 1, "subscribe": "+"}.items():
         add[name]("topic", nargs=nargs, help="a topic that it is for")
-        add[name]("--key", default=os.environ.get("NOTIFLUX_KEY_FILE"), help="private.pem")
+        add[name]("--key", help="private.pem")
     add["publish"]("message")
     add["subscribe"]("--since", default="", help="an id, latest or all: what to replay first")
     add["subscribe"]("--json", action="store_true", help="one JSON object a line, with id and time")
     for name in ("publish", "subscribe"):
         add[name]("--url", default=os.environ.get("NOTIFLUX_URL") or "http://127.0.0.1:8080")
-        add[name]("--token", default=os.environ.get("NOTIFLUX_TOKEN"), help="or a key to make one")
+        add[name]("--token", help="or a key to make one")
     for each in (parser, *commands.choices.values()):
         each.add_argument("--version", action="version", version=f"notiflux {VERSION}")
     return parser

@@ -4596,7 +4596,7 @@ def test_keygen_token_and_check_work_together(tmp_path):
         (
             ["token", "subscribe", "a", "--key", "missing.pem"],
             1,
-            "No such file or directory: 'missing.pem'",
+            "missing.pem: expected a file with",
         ),
         (["token", "subscribe", "a", "--key", "README.md"], 1, "EC P-256 private key"),
         (["token", "listen", "a"], 2, "usage"),
@@ -4621,7 +4621,7 @@ def test_a_token_of_a_wrong_private_key_is_refused(tmp_path, capsys):
     for key in (P384_KEY, RSA_KEY):
         (tmp_path / "key.pem").write_bytes(private_pem(key))
         assert notiflux.main(["token", "subscribe", "a", "--key", f"{tmp_path}/key.pem"]) == 1
-        assert "expected an EC P-256 private key" in capsys.readouterr().err
+        assert "an EC P-256 private key" in capsys.readouterr().err
 
 
 def test_help_and_version_are_everywhere(capsys):
@@ -6535,9 +6535,10 @@ def test_subscribe_prints_no_half_of_an_event(key_file):
     ("arguments", "code", "words"),
     [
         (["publish", "news", "x", "--token", "bad"], 1, '401 {"error": "invalid_token"'),
+        (["publish", "news", "-", "--token", "a\nb"], 1, "Invalid header value"),
         (["publish", "", "x"], 1, "a topic has 1 to 512 bytes"),
         (["publish", "news", "x", "--url", "http://127.0.0.1:1"], 1, "Connection refused"),
-        (["publish", "news", "x", "--url", "nowhere"], 1, "nowhere"),
+        (["publish", "news", "x", "--url", "nowhere"], 2, "expected --key or --token, and --url"),
         (["subscribe", "news", "--token", "bad"], 1, "the token is malformed"),
         (["subscribe", "news", "--since", "x"], 1, "since is an id, latest or all"),
         (["publish", "news"], 2, "the following arguments are required: message"),
@@ -6552,6 +6553,41 @@ def test_a_client_command_says_what_went_wrong(arguments, code, words, server, k
     done = run(*arguments, **about)
     assert done.returncode == code and words in done.stderr and not done.stdout
     assert run("publish", "news", "x").returncode == 2
+
+
+def test_what_is_given_counts_before_the_environment(server, key_file):
+    """A key beside NOTIFLUX_TOKEN, and a token beside NOTIFLUX_KEY_FILE."""
+    url = f"http://127.0.0.1:{server.port}"
+    given = ["publish", "news", "x", "--url", url]
+    assert run(*given, "--key", key_file, NOTIFLUX_TOKEN="bad").returncode == 0
+    token = make_token(scope="broadcast")
+    assert run(*given, "--token", token, NOTIFLUX_KEY_FILE="missing").returncode == 0
+    assert run(*given, NOTIFLUX_TOKEN=token, NOTIFLUX_KEY_FILE="missing").returncode == 0
+
+
+def test_publish_goes_nowhere_else(server, key_file):
+    """A redirect does not get the token, and what it answers is no success."""
+    for answer in (
+        b"HTTP/1.1 302 Found\r\nLocation: http://localhost:%d/\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+    ):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(WAIT_S)
+            port = listener.getsockname()[1]
+            about = ["--url", f"http://127.0.0.1:{port}", "--key", str(key_file)]
+            with command("publish", "news", "x", *about) as publisher:
+                heads = []
+                for reply in (answer.replace(b"%d", b"%d" % port), b"HTTP/1.1 200 OK\r\n\r\nx"):
+                    client, _ = listener.accept()
+                    with client:
+                        client.settimeout(WAIT_S)
+                        heads.append(read_head(client))
+                        client.sendall(reply)
+                    if b"302" not in answer:
+                        break
+                assert publisher.wait(WAIT_S) == 1
+            assert b"Authorization: Bearer " in heads[0]
+            assert b"Authorization" not in b"".join(heads[1:])
 
 
 NODE = shutil.which("node") or shutil.which("nodejs")
