@@ -1313,15 +1313,15 @@ export class Notiflux {
     this.#topics.set(topic, {callback, since, refused: false}); if (this.#ready) this.#join(topic);
   }
   unsubscribe(topic) { if (this.#topics.delete(topic)) this.#ready?.send(`/unsubscribe ${topic}`); }
-  close() { this.#leave("closed"); }
+  close() { this.#leave("closed"); clearTimeout(this.#timer); }
   #connect() {
     const socket = this.#socket = new this.#options.WebSocket(this.#url, "notiflux.v1");
     socket.onmessage = ({data}) => socket === this.#socket && this.#hear(JSON.parse(data));
-    socket.onclose = () => socket === this.#socket && this.#retry();  // follows an error, too
-    socket.onerror = () => {}; this.#watch(); this.#options.onstatus({state: "connecting"});
+    socket.onclose = socket.onerror = () => socket === this.#socket && this.#retry();
+    this.#watch(); this.#options.onstatus({state: "connecting"});
   }
   #leave(state, pause) {
-    clearTimeout(this.#timer); this.#socket?.close(); this.#socket = this.#ready = undefined;
+    const socket = this.#socket; this.#socket = this.#ready = undefined; socket?.close();
     if (pause >= 0) this.#after(pause, () => this.#connect()); this.#options.onstatus({state});
   }
   #retry() { this.#leave("waiting", Math.random() * Math.min(30_000, 1000 * 2 ** this.#tries++)); }

@@ -6713,6 +6713,15 @@ def test_the_client_tells_when_messages_may_be_missing(start, node):
     assert client.said("message", "news") == "hello"
 
 
+def test_the_client_tries_again_where_nobody_listens(start, node):
+    """At the next try, not at the time-out: Node 20 tells of an error there, and of no close."""
+    port = free_port()
+    client = node(types.SimpleNamespace(port=port), {"news": [make_token()] * 9})
+    assert client.states("connecting", "waiting", "connecting")
+    start(PORT=str(port))
+    client.states("open", "subscribed")
+
+
 def test_the_client_stops_where_trying_again_is_no_use(server, node):
     """A refused token is asked for once more, then reported; the other topic goes on."""
     client = node(server, {"news": ["bad", make_token()], "other": ["bad", "worse", "never"]})
