@@ -1790,8 +1790,8 @@ class Daemon:
             self._sweep()
         log.info("stopped connections_cut=%d", self.connected())
         self.stop()  # once more: cut whoever is left
-        while self._sockets.due:
-            await asyncio.sleep(0)  # until they are gone
+        while await asyncio.sleep(0, self._sockets.due):  # once at least, until all are gone
+            pass
         loop.remove_reader(self._sockets.epoll)
         self._sockets.epoll.close()
 
