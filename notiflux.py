@@ -73,7 +73,7 @@ LEEWAY_S, STRANGER_MAX = 60, 16 * 1024  # clocks' drift; bytes parsed before a g
 TOPIC_MAX, JSON_DEPTH_MAX = 512, 64  # bytes of a topic in UTF-8; arrays and objects in one another
 MESSAGE_OVERHEAD = 800  # bytes it takes to hold a message, beside its text and its topic's
 REPLAY_PIECE, BATCH_MAX = 16 * 1024, 64 * 1024  # bytes unsent, or sent in a turn; in one write
-TURN_BYTES, DELIVERY_BYTES = 8 * 1024 * 1024, 4 * 1024  # of frames in a turn: 20 ms; besides, each
+TURN_BYTES, DELIVERY_BYTES = 8 * 1024 * 1024, 4 * 1024  # sent in a turn: 20 ms; added for each one
 COMMAND_MAX, COMMANDS_REFUSED_MAX = 16 * 1024, 16  # bytes of one: a token, a topic, room to spare
 HEAD_MAX, HEADERS_MAX = 16 * 1024, 64  # bytes of a whole head with its empty line; header lines
 LINE_MAX, HEADS_REMEMBERED = 8 * 1024, 128  # bytes of a line without CRLF; good heads kept: 2 MiB
@@ -1191,7 +1191,7 @@ def _render(status: int, headers: Any, length: int, last: bool, now_s: int) -> b
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-class HTTPConnection(asyncio.Protocol):
+class HTTPConnection:
     """One client's connection, from its first byte until it closes or turns into a subscriber."""
 
     def __init__(self, daemon: Any, router: Any, transport: Transport) -> None:
@@ -1898,7 +1898,7 @@ def _ask(options: Any, scope: str, path: str, body: bytes | None = None) -> Any:
     except urllib.error.HTTPError as exc:
         if body is None and exc.code >= 500:  # may be tried again
             raise
-        raise CommandError(f"{exc.code} {printable(exc.read(999).decode('latin-1'))}") from exc
+        raise CommandError(f"{exc.code} {printable(exc.read(999).decode().strip())}") from exc
 
 
 def _publish(options: argparse.Namespace) -> None:

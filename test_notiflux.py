@@ -3928,13 +3928,9 @@ def test_who_pipelines_over_tls_and_reads_little_is_read_little(tls):
     assert most < 400_000
 
 
-def test_a_tls_connection_is_no_burden(start, tmp_path):
+def test_a_tls_connection_is_no_burden(tls):
     """I5, I6: it holds some 20 KiB, and a record is read at once."""
-    (tmp_path / "cert.pem").write_bytes(certificate())
-    (tmp_path / "key.pem").write_bytes(private_pem(KEY))
-    server = start(TLS_CERT_FILE=f"{tmp_path}/cert.pem", TLS_KEY_FILE=f"{tmp_path}/key.pem")
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    server, connect = tls()
     reads, data_received = [], notiflux.HTTPConnection.data_received
 
     def counting(self, data):
@@ -3944,8 +3940,7 @@ def test_a_tls_connection_is_no_burden(start, tmp_path):
     with contextlib.ExitStack() as stack:
         tracemalloc.start()
         for _ in range(20):
-            client = context.wrap_socket(stack.enter_context(server.connect()))
-            stack.enter_context(client)
+            client = stack.enter_context(connect(server))
         wait_for(lambda: len(everyone(server.daemon)) == 20)
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
@@ -3958,31 +3953,22 @@ def test_a_tls_connection_is_no_burden(start, tmp_path):
     assert held < 20 * 100 * 1024 and sorted(reads)[len(reads) // 2] <= notiflux.READ_MAX
 
 
-def test_what_tls_sends_for_itself_is_read_in_parts(start, tmp_path):
+def test_what_tls_sends_for_itself_is_read_in_parts(tls):
     """I6: OpenSSL on the socket itself would take key updates for as long as they come."""
-    (tmp_path / "cert.pem").write_bytes(certificate())
-    (tmp_path / "key.pem").write_bytes(private_pem(KEY))
-    server = start(TLS_CERT_FILE=f"{tmp_path}/cert.pem", TLS_KEY_FILE=f"{tmp_path}/key.pem")
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with context.wrap_socket(server.connect()) as client:
+    server, connect = tls()
+    with connect(server) as client:
         client.sendall(get())
         assert client.recv(12) == b"HTTP/1.1 200"
         (connection,) = everyone(server.daemon)
         assert type(connection.transport._sock) is socket.socket
 
 
-def test_a_surplus_client_gets_its_503_over_tls(start, tmp_path):
+def test_a_surplus_client_gets_its_503_over_tls(tls):
     """H44: the handshake is done for it, for as long as others linger."""
-    (tmp_path / "cert.pem").write_bytes(certificate())
-    (tmp_path / "key.pem").write_bytes(private_pem(KEY))
-    tls = {"TLS_CERT_FILE": f"{tmp_path}/cert.pem", "TLS_KEY_FILE": f"{tmp_path}/key.pem"}
-    server = start(MAX_CONNECTIONS="1", **tls)
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    server, connect = tls(MAX_CONNECTIONS="1")
     with server.connect() as first:
         wait_for(lambda: everyone(server.daemon))
-        with context.wrap_socket(server.connect()) as surplus:
+        with connect(server) as surplus:
             assert receive_all(surplus).startswith(b"HTTP/1.1 503 ")
         with server.connect() as silent:
             assert receive_all(silent) == b""  # not even a handshake
@@ -6552,6 +6538,7 @@ def test_a_client_command_says_what_went_wrong(arguments, code, words, server, k
     about = {"NOTIFLUX_URL": f"http://127.0.0.1:{server.port}", "NOTIFLUX_KEY_FILE": str(key_file)}
     done = run(*arguments, **about)
     assert done.returncode == code and words in done.stderr and not done.stdout
+    assert not done.stderr.endswith("\\n\n")  # the answer's own line end
     assert run("publish", "news", "x").returncode == 2
 
 
