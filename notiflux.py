@@ -38,6 +38,7 @@ import random
 import re
 import resource
 import select
+import selectors
 import signal
 import socket
 import ssl
@@ -466,10 +467,9 @@ class Hub:
     until a turn brings no more, and gets ids and audience only then: none hears it twice, or late.
     """
 
-    def __init__(self, history: History, batch_max: int) -> None:
-        self.history, self._batch_max = history, batch_max
+    def __init__(self, history: History, batch_max: int, call_soon: Callable[..., Any]) -> None:
+        self.history, self._batch_max, self.call_soon = history, batch_max, call_soon
         self.topics: dict[str, set[Any]] = {}
-        self.call_soon: Callable[..., Any]  # that of Sockets: when a turn brings no more
         self._waiting: deque[tuple[str, bytes, bool, Any]] = deque()  # and whom to tell
         self._batch: Batch | None = None  # on its way: one write to each who has yet to get it
         self.sending = ""  # its topic, while it is queued to subscribers
@@ -560,55 +560,50 @@ def address(name: Any) -> str:
     return f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
 
 
-class Sockets:
-    """All clients', in an epoll of their own. First whoever is ready, then what can wait."""
+class Sockets(selectors.EpollSelector):
+    """What the loop waits in: serves whoever is ready, then what can wait, and so on for a turn."""
 
     def __init__(self) -> None:
+        super().__init__()  # for what is asyncio's own; all clients are in one of ours
         self.epoll, self.ready = select.epoll(), dict[int, Callable[[int], None]]()  # by descriptor
-        self._steps, self._soon = OrderedDict[Any, None](), deque[Callable[[], None]]()
-        self._loop, self.due = asyncio.get_running_loop(), False  # whether a look is to come
-        self._loop.add_reader(self.epoll, self._look, False)
+        self.steps, self._soon = OrderedDict[Any, None](), deque[Callable[[], None]]()
+        self.ready[self.fileno()] = lambda _: self._others.extend(super(Sockets, self).select(0))
+        self.epoll.register(self.fileno(), READ)
 
     def later(self, step: Callable[[], None], transport: Any = None) -> None:
         """Run `step` once, behind those that wait; `transport`, if any, is not read until then."""
         if transport:
             transport.read(False)
-        self._steps[step] = None
-        self._wake()
+        self.steps[step] = None
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Call it when nobody is ready any more, or the turn is over: so much comes as a batch."""
         self._soon.append(callback)
-        self._wake()
 
-    def _wake(self) -> None:
-        if not self.due:
-            self.due = True
-            self._loop.call_soon(self._look, True)
-
-    def _look(self, is_due: bool) -> None:
-        if is_due is not self.due:  # that one is to come
-            return
-        self.due, until_s, is_over = True, time.perf_counter() + TURN_S, False
+    def select(self, timeout: float | None = None) -> list[Any]:
+        """Wait for `timeout` seconds at most, or for ever; serve; return what is asyncio's own."""
+        self._others = list[Any]()
         try:
-            while not is_over:
-                while found := self.epoll.poll(0, READY_MAX):
+            found = self.epoll.poll(0 if self.steps or self._soon else timeout, READY_MAX)
+            until_s, is_over = time.perf_counter() + TURN_S, False
+            while found or self.steps or self._soon:
+                while found:
                     for fd, events in found:
                         self.ready[fd](events)
-                    if time.perf_counter() > until_s:
-                        break
-                if not (self._steps or self._soon):
-                    return
+                    is_over = bool(self._others) or time.perf_counter() > until_s
+                    found = [] if is_over else self.epoll.poll(0, READY_MAX)
                 steps_until_s = time.perf_counter() + TURN_S
-                while self._steps and time.perf_counter() < steps_until_s:
-                    self._steps.popitem(last=False)[0]()
+                while self.steps and time.perf_counter() < steps_until_s:
+                    self.steps.popitem(last=False)[0]()
                 for _ in range(len(self._soon)):
                     self._soon.popleft()()
-                is_over = time.perf_counter() > until_s
-        finally:  # whatever one of them may raise
-            self.due = False
-            if self._steps or self._soon:
-                self._wake()
+                if is_over or time.perf_counter() > until_s:
+                    break
+                found = self.epoll.poll(0, READY_MAX)
+        except Exception as exc:  # one client's, and a callback to asyncio as any other
+            about = {"message": "a client's turn failed", "exception": exc}
+            asyncio.get_running_loop().call_exception_handler(about)
+        return self._others
 
 
 class Transport:
@@ -1627,7 +1622,7 @@ class Router:
 
 
 class Daemon:
-    """The server. All of it runs in the loop that calls run(). Raises SettingsError."""
+    """The server, run by a SelectorEventLoop(daemon.sockets). Raises SettingsError."""
 
     def __init__(self, settings: Settings, environment: Mapping[str, str]) -> None:
         self.verifier, self._environment = TokenVerifier(load_keys(settings)), environment
@@ -1636,7 +1631,9 @@ class Daemon:
             raise SettingsError(f"MAX_CONNECTIONS: expected at most {allowed}, as open files allow")
         self.settings = replace(settings, max_connections=settings.max_connections or allowed)
         bounds = settings.history_size, settings.history_seconds, settings.history_bytes
-        self.hub = Hub(History(*bounds), min(BATCH_MAX, settings.max_buffer_bytes // 8))
+        self.sockets, batch_max = Sockets(), min(BATCH_MAX, settings.max_buffer_bytes // 8)
+        self.later = self.sockets.later
+        self.hub = Hub(History(*bounds), batch_max, self.sockets.call_soon)
         self.clients: set[HTTPConnection] = set()  # that may send requests
         self.beats: OrderedDict[Subscriber, float] = OrderedDict()  # and when each is due
         self.counts = defaultdict[str, Counter[Any]](Counter)  # by what, and by label
@@ -1670,8 +1667,7 @@ class Daemon:
             port = "" if self.settings.host.startswith("unix:") else f":{self.settings.port}"
             why = f"{self.settings.host}{port}: {getattr(exc, 'strerror', None) or exc}"
             raise CommandError(f"HOST, PORT: cannot listen on {why}") from exc
-        self._sockets, urls = Sockets(), []
-        self.hub.call_soon, self.later = self._sockets.call_soon, self._sockets.later
+        urls = []
         for name in (address(listener.getsockname()) for listener in self._listeners):
             scheme = "" if name.startswith("unix:") else "https://" if self._tls else "http://"
             urls.append(scheme + name)
@@ -1739,7 +1735,7 @@ class Daemon:
             for _ in range(ACCEPT_MAX):
                 client, peer = listener.accept()
                 with contextlib.suppress(OSError):  # it is gone again
-                    transport = Transport(client, peer, self._sockets, self._tls)
+                    transport = Transport(client, peer, self.sockets, self._tls)
                     HTTPConnection(self, self._router, transport)
         except OSError as exc:
             if not isinstance(exc, BlockingIOError | ConnectionError):  # else nobody waits any more
@@ -1790,10 +1786,8 @@ class Daemon:
             self._sweep()
         log.info("stopped connections_cut=%d", self.connected())
         self.stop()  # once more: cut whoever is left
-        while await asyncio.sleep(0, self._sockets.due):  # once at least, until all are gone
-            pass
-        loop.remove_reader(self._sockets.epoll)
-        self._sockets.epoll.close()
+        while self.sockets.steps:  # in which they go
+            await asyncio.sleep(0)
 
 
 # --- Command line: one function a command. The one place that touches the process. ---
@@ -1843,11 +1837,11 @@ def _settings(**changes: str) -> Settings:
 def _run(settings: Settings, listening: Callable[[list[str]], None] = lambda urls: None) -> None:
     if os.environ.get("WORKER_COUNT"):
         log.info("ignored WORKER_COUNT: one process serves all")
-    with asyncio.Runner() as runner:
-        daemon, loop = Daemon(settings, os.environ), runner.get_loop()
+    daemon = Daemon(settings, os.environ)
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(daemon.sockets)) as runner:
         acts = {"TERM": daemon.stop, "INT": daemon.stop, "HUP": daemon.reload}
         for name, act in (acts | dict.fromkeys(("USR1", "USR2"), lambda: None)).items():
-            loop.add_signal_handler(signal.Signals[f"SIG{name}"], act)
+            runner.get_loop().add_signal_handler(signal.Signals[f"SIG{name}"], act)
         gc.freeze()  # with rarer collections, a third less for a crowd that connects at once
         gc.set_threshold(50_000, 20, 50)
         runner.run(daemon.run(listening))
