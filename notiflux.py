@@ -86,6 +86,7 @@ ACCEPT_MAX, LISTEN_QUEUE = 8, 4096  # connections taken in one turn; that wait i
 # write: without progress; linger: after our half has closed; close: for a subscriber to go.
 TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5, "close": 10}
 READY_MAX, BEATS_MAX = 16, 500  # sockets between two looks at the clock; pinged in one turn
+NAPS, NAP_S = 10, 0.001  # behind a broadcast: the next finds warm caches, a tenth off its latency
 TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # of a broadcast
 LINES_MAX = 100  # of one event in the log in a second; what is more is counted
 TURN_S, SWEEP_S = 0.005, 1.0  # for who is ready, and for what can wait; between looks at deadlines
@@ -313,10 +314,11 @@ class TokenVerifier:
     def verify(self, token: str) -> Claims:
         """Return the claims of a good token. Raises Refusal (401) with the check it fails."""
         claims, now = self._claims(token), self._clock()
-        refuse_if(now >= claims.exp + LEEWAY_S, 401, "the token has expired")
+        if claims.nbf - LEEWAY_S <= now < min(claims.exp + LEEWAY_S, claims.expire_at):
+            return claims
         refuse_if(now < claims.nbf - LEEWAY_S, 401, "the token is not valid yet")
-        refuse_if(now >= claims.expire_at, 401, "the token's expire_at has passed")
-        return claims
+        refuse_if(now >= claims.exp + LEEWAY_S, 401, "the token has expired")
+        raise Refusal(401, "the token's expire_at has passed")
 
     def _decode(self, keys: Sequence[PublicKey], token: str) -> Claims:
         refuse_if(token[TOKEN_MAX:] or not TOKEN.fullmatch(token), 401, "the token is malformed")
@@ -350,7 +352,8 @@ SINCE = re.compile(r"latest|all|[0-9a-f]{1,32}-[0-9]{1,19}")
 
 def check_topics(topics: list[str], limit: int = 1) -> list[str]:
     """Return each topic once. Raises Refusal for a bad one, for none, and for more than `limit`."""
-    refuse_if(not 1 <= len(topics) <= limit, 400, f"at least one topic, and at most {limit}")
+    if not 1 <= len(topics) <= limit:
+        raise Refusal(400, f"at least one topic, and at most {limit}")
     for topic in topics:
         if not (0 < len(topic) <= TOPIC_MAX and topic.isascii() and topic.isprintable()):
             refuse_if(not 1 <= len(topic.encode()) <= TOPIC_MAX, 400, "a topic has 1 to 512 bytes")
@@ -567,6 +570,8 @@ class Sockets(selectors.EpollSelector):
         super().__init__()  # for what is asyncio's own; all clients are in one of ours
         self.epoll, self.ready = select.epoll(), dict[int, Callable[[int], None]]()  # by descriptor
         self.steps, self._soon = OrderedDict[Any, None](), deque[Callable[[], None]]()
+        # Called when nobody is ready any more, or the turn is over: so much comes as a batch.
+        self.call_soon, self._naps = self._soon.append, 0
         self.ready[self.fileno()] = lambda _: self._others.extend(super(Sockets, self).select(0))
         self.epoll.register(self.fileno(), READ)
 
@@ -576,13 +581,11 @@ class Sockets(selectors.EpollSelector):
             transport.read(False)
         self.steps[step] = None
 
-    def call_soon(self, callback: Callable[[], None]) -> None:
-        """Call it when nobody is ready any more, or the turn is over: so much comes as a batch."""
-        self._soon.append(callback)
-
     def select(self, timeout: float | None = None) -> list[Any]:
         """Wait for `timeout` seconds at most, or for ever; serve; return what is asyncio's own."""
         self._others = list[Any]()
+        if self._naps and (timeout is None or timeout > NAP_S):  # caches are cold behind long sleep
+            timeout, self._naps = NAP_S, self._naps - 1
         try:
             found = self.epoll.poll(0 if self.steps or self._soon else timeout, READY_MAX)
             until_s, is_over = time.perf_counter() + TURN_S, False
@@ -597,6 +600,7 @@ class Sockets(selectors.EpollSelector):
                     self.steps.popitem(last=False)[0]()
                 for _ in range(len(self._soon)):
                     self._soon.popleft()()
+                    self._naps = NAPS
                 if is_over or time.perf_counter() > until_s:
                     break
                 found = self.epoll.poll(0, READY_MAX)
@@ -1068,7 +1072,7 @@ class RequestReader:
     def feed(self, data: bytes) -> tuple[Head, bytes] | None:
         """Take what was received; return it at once if it is one request whose head is known."""
         end = data.find(b"\r\n\r\n") + 4
-        head = HEADS.get(data[:end]) if self.empty else None
+        head = None if self.buffer or self.stage != "idle" else HEADS.get(data[:end])
         if head and head.length == len(data) - end <= self._body_max:
             self.head = head
             return head, data[end:]

@@ -2158,7 +2158,6 @@ def test_a_publisher_that_goes_before_its_answer_harms_nobody(server):
 
 def in_a_loop(act):
     """Call `act` with the Sockets of a loop, in that loop; return what it returned."""
-
     sockets = notiflux.Sockets()
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(sockets)) as runner:
         return runner.run(act(sockets))
@@ -2261,6 +2260,24 @@ def test_a_turn_looks_once_however_often_it_is_asked_for(monkeypatch):
 
     turns = in_a_loop(act)
     assert turns[-1] > 10 and all(b - a <= 1 for a, b in itertools.pairwise(turns))
+
+
+def test_it_naps_behind_a_broadcast_and_then_sleeps():
+    """What comes soon finds warm caches; and a server that is idle is not woken again and again."""
+
+    async def act(sockets):
+        select, turns = sockets.select, []
+        sockets.select = lambda timeout: turns.append(timeout) or select(timeout)
+        sockets.call_soon(lambda: None)
+        await asyncio.sleep(0)
+        while sockets._naps:
+            await asyncio.sleep(0.1)
+        napped = len(turns)
+        await asyncio.sleep(0.1)
+        return napped, len(turns) - napped
+
+    napped, slept = in_a_loop(act)
+    assert napped > notiflux.NAPS and slept <= 3
 
 
 def test_no_connection_takes_a_task(server):
