@@ -24,7 +24,6 @@ import asyncio
 import base64
 import bisect
 import contextlib
-import errno
 import functools
 import gc
 import http.client
@@ -86,7 +85,7 @@ ACCEPT_MAX, LISTEN_QUEUE = 8, 4096  # connections taken in one turn; that wait i
 # write: without progress; linger: after our half has closed; close: for a subscriber to go.
 TIMEOUTS_S = {"head": 10, "body": 10, "idle": 75, "write": 10, "linger": 0.5, "close": 10}
 READY_MAX, BEATS_MAX = 16, 500  # sockets between two looks at the clock; pinged in one turn
-NAPS, NAP_S = 10, 0.001  # behind a broadcast: the next finds warm caches, a tenth off its latency
+NAPS, NAP_S = 10, 0.001  # short waits behind a broadcast, since a long sleep empties the caches
 TOOK_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)  # of a broadcast
 LINES_MAX = 100  # of one event in the log in a second; what is more is counted
 TURN_S, SWEEP_S = 0.005, 1.0  # for who is ready, and for what can wait; between looks at deadlines
@@ -181,8 +180,7 @@ NETWORKS = r"\S+", NETWORKS_ARE, lambda t: [*map(ipaddress.ip_network, t.lower()
 
 def setting(kind: tuple[str, str, Any], default: Any, meaning: str, *limits: float) -> Any:
     """Declare a setting of that kind; a number keeps to `limits`, and None is unset."""
-    about = {"kind": (*kind, *limits), "default": default, "meaning": meaning}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata={"kind": (*kind, *limits), "meaning": meaning})
 
 
 @dataclass(frozen=True)
@@ -290,16 +288,36 @@ CLAIMS |= dict.fromkeys(("exp", "nbf", "expire_at"), lambda v: type(v) is int an
 CLAIMS["topic_prefixes"] = CLAIMS["topics"]  # in the order in which they are looked at
 
 
+def _decode(keys: Sequence[PublicKey], token: str) -> Claims:
+    refuse_if(token[TOKEN_MAX:] or not TOKEN.fullmatch(token), 401, "the token is malformed")
+    try:
+        raw = [base64.urlsafe_b64decode(part + "==") for part in token.split(".")]
+        header, payload = map(parse_json, raw[:2])
+        odd = {"crit", "b64", "zip", "enc", "cty"} & header.keys()  # which change the meaning
+        refuse_if(odd or type(header.get("kid", "")) is not str, 401, "the token is malformed")
+    except (ValueError, AttributeError) as exc:
+        raise Refusal(401, "the token is malformed") from exc
+    refuse_if(header.get("alg") != "ES256", 401, "the token is not signed with ES256")
+    signed = token.rpartition(".")[0].encode()
+    good = any(ES256.verify(signed, key, raw[2]) for key in keys)
+    refuse_if(not good, 401, "the token's signature is of no key known here")
+    refuse_if(not isinstance(payload, dict), 401, "the token is malformed")
+    refuse_if("aud" in payload, 401, "the token is for another audience: it has a claim aud")
+    needed = ["sub", "scope", "exp"] + ["topics"] * ("topic_prefixes" not in payload)
+    for name, is_good in CLAIMS.items():
+        if not is_good(payload[name]) if name in payload else name in needed:
+            raise Refusal(401, f"the token's claim {name} is missing or wrong")
+    get = payload.get
+    grants = frozenset(get("topics", ())), tuple(get("topic_prefixes", ()))
+    return Claims(get("scope"), *grants, get("exp"), get("nbf", 0), get("expire_at", math.inf))
+
+
 class TokenVerifier:
     """Verifies ES256 tokens (RFC 7515, RFC 7519); remembers those that passed all but time."""
 
     def __init__(self, keys: Sequence[PublicKey], clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self.replace_keys(keys)
-
-    def replace_keys(self, keys: Sequence[PublicKey]) -> None:
-        """Trust these keys from now on, and no others."""
-        self._claims = functools.lru_cache(TOKENS_REMEMBERED)(functools.partial(self._decode, keys))
+        self._claims = functools.lru_cache(TOKENS_REMEMBERED)(functools.partial(_decode, keys))
 
     def authorize(self, token: str, scope: str, topics: Iterable[str]) -> Claims:
         """Return the claims of a token that grants `scope` on `topics`. Raises Refusal."""
@@ -319,29 +337,6 @@ class TokenVerifier:
         refuse_if(now < claims.nbf - LEEWAY_S, 401, "the token is not valid yet")
         refuse_if(now >= claims.exp + LEEWAY_S, 401, "the token has expired")
         raise Refusal(401, "the token's expire_at has passed")
-
-    def _decode(self, keys: Sequence[PublicKey], token: str) -> Claims:
-        refuse_if(token[TOKEN_MAX:] or not TOKEN.fullmatch(token), 401, "the token is malformed")
-        try:
-            raw = [base64.urlsafe_b64decode(part + "==") for part in token.split(".")]
-            header, payload = map(parse_json, raw[:2])
-            odd = {"crit", "b64", "zip", "enc", "cty"} & header.keys()  # which change the meaning
-            refuse_if(odd or type(header.get("kid", "")) is not str, 401, "the token is malformed")
-        except (ValueError, AttributeError) as exc:
-            raise Refusal(401, "the token is malformed") from exc
-        refuse_if(header.get("alg") != "ES256", 401, "the token is not signed with ES256")
-        signed = token.rpartition(".")[0].encode()
-        good = any(ES256.verify(signed, key, raw[2]) for key in keys)
-        refuse_if(not good, 401, "the token's signature is of no key known here")
-        refuse_if(not isinstance(payload, dict), 401, "the token is malformed")
-        refuse_if("aud" in payload, 401, "the token is for another audience: it has a claim aud")
-        needed = ["sub", "scope", "exp"] + ["topics"] * ("topic_prefixes" not in payload)
-        for name, is_good in CLAIMS.items():
-            if not is_good(payload[name]) if name in payload else name in needed:
-                raise Refusal(401, f"the token's claim {name} is missing or wrong")
-        get = payload.get
-        grants = frozenset(get("topics", ())), tuple(get("topic_prefixes", ()))
-        return Claims(get("scope"), *grants, get("exp"), get("nbf", 0), get("expire_at", math.inf))
 
 
 # --- Messages: what is sent, and what is held of it. No sockets, no tokens. ---
@@ -570,44 +565,45 @@ class Sockets(selectors.EpollSelector):
         super().__init__()  # for what is asyncio's own; all clients are in one of ours
         self.epoll, self.ready = select.epoll(), dict[int, Callable[[int], None]]()  # by descriptor
         self.steps, self._soon = OrderedDict[Any, None](), deque[Callable[[], None]]()
-        # Called when nobody is ready any more, or the turn is over: so much comes as a batch.
-        self.call_soon, self._naps = self._soon.append, 0
-        self.ready[self.fileno()] = lambda _: self._others.extend(super(Sockets, self).select(0))
+        # Call it when nobody is ready any more, or the turn is over: so much comes as a batch.
+        self.call_soon = self._soon.append
+        # Run this step once, behind those that wait; if it fails, that transport is aborted.
+        self.later: Callable[..., Any] = self.steps.setdefault
+        self._naps, self._others = 0, list[int]()  # short waits to come; asyncio's are ready
+        self.ready[self.fileno()] = self._others.append
         self.epoll.register(self.fileno(), READ)
-
-    def later(self, step: Callable[[], None], transport: Any = None) -> None:
-        """Run `step` once, behind those that wait; `transport`, if any, is not read until then."""
-        if transport:
-            transport.read(False)
-        self.steps[step] = None
 
     def select(self, timeout: float | None = None) -> list[Any]:
         """Wait for `timeout` seconds at most, or for ever; serve; return what is asyncio's own."""
-        self._others = list[Any]()
-        if self._naps and (timeout is None or timeout > NAP_S):  # caches are cold behind long sleep
+        self._others.clear()
+        if self._naps and (timeout is None or timeout > NAP_S):
             timeout, self._naps = NAP_S, self._naps - 1
+        owner = None
         try:
             found = self.epoll.poll(0 if self.steps or self._soon else timeout, READY_MAX)
-            until_s, is_over = time.perf_counter() + TURN_S, False
+            until_s = time.perf_counter() + TURN_S
             while found or self.steps or self._soon:
-                while found:
-                    for fd, events in found:
-                        self.ready[fd](events)
-                    is_over = bool(self._others) or time.perf_counter() > until_s
-                    found = [] if is_over else self.epoll.poll(0, READY_MAX)
+                for fd, events in found:
+                    self.ready[fd](events)
+                is_over = self._others or time.perf_counter() > until_s
+                if not is_over and (found := self.epoll.poll(0, READY_MAX)):
+                    continue
                 steps_until_s = time.perf_counter() + TURN_S
                 while self.steps and time.perf_counter() < steps_until_s:
-                    self.steps.popitem(last=False)[0]()
+                    step, owner = self.steps.popitem(last=False)
+                    step()
+                owner = None
                 for _ in range(len(self._soon)):
                     self._soon.popleft()()
                     self._naps = NAPS
                 if is_over or time.perf_counter() > until_s:
                     break
-                found = self.epoll.poll(0, READY_MAX)
-        except Exception as exc:  # one client's, and a callback to asyncio as any other
-            about = {"message": "a client's turn failed", "exception": exc}
+        except Exception as exc:  # of one client's turn: the others have theirs, as in asyncio
+            if owner:
+                owner.abort()
+            about = {"message": "failed: the turn of a client", "exception": exc}
             asyncio.get_running_loop().call_exception_handler(about)
-        return self._others
+        return super().select(0) if self._others else []
 
 
 class Transport:
@@ -630,6 +626,11 @@ class Transport:
     def read(self, on: bool) -> None:
         """Read on, or nothing until then."""
         self._watch(self.watched & WRITE | READ * on)
+
+    def later(self, step: Callable[[], None]) -> None:
+        """Run `step` once, behind those that wait, and read nothing until then."""
+        self.read(False)
+        self._sockets.later(step, self)
 
     def _watch(self, events: int) -> None:
         old, self.watched = self.watched, 0 if self._gone else events
@@ -718,16 +719,15 @@ class Transport:
             self.abort()
         if self.paused and len(self.unsent) <= self.limit // 4:
             self.paused = False
-            self._sockets.later(self.protocol.go_on)
+            self._sockets.later(self.protocol.go_on, self)
         if self._then and not (self.unsent or self._plain):
             self._then()
 
     def _shut(self) -> None:
-        with contextlib.suppress(OSError):  # it has not said so itself
-            if self.tls:
-                self.tls.unwrap()
         with contextlib.suppress(OSError):  # it is gone, which is not known here yet
             if self.tls:
+                with contextlib.suppress(OSError):  # it has not said so itself
+                    self.tls.unwrap()
                 self._sock.send(self._out.read())
             self._sock.shutdown(socket.SHUT_WR)
 
@@ -858,7 +858,7 @@ class Subscriber(asyncio.Protocol):
             piece += item if isinstance(item, bytes) else self.encode(item)
         if piece:
             self.transport.write(piece)
-            self._daemon.later(self.go_on)
+            self._daemon.sockets.later(self.go_on, self.transport)
         elif self._replay is not None:  # all of it is on its way
             self._replay, self._queue = None, self._write
             self.transport.limit = self._settings.max_buffer_bytes
@@ -907,7 +907,7 @@ class WebSocketSubscriber(Subscriber):
         if len(self._unread) < FRAMES_READ_MAX // 2:
             self._read()
         else:
-            self._daemon.later(self._read, self.transport)
+            self.transport.later(self._read)
 
     def _read(self) -> None:
         data, self._unread = self._unread, b""
@@ -1031,7 +1031,6 @@ class Head:
     headers: defaultdict[str, list[str]]
     length: int | None = 0  # of the body; None for a chunked one
     last: bool = False  # the client wants no answer behind this one's
-    expects: bool = False  # a 100 before it sends the body: RFC 9110 section 10.1.1
 
     def members(self, name: str, case: Any = str.lower) -> list[str]:
         """Return a list-valued header's, by default lower case. Raises Refusal for no list."""
@@ -1072,7 +1071,7 @@ class RequestReader:
     def feed(self, data: bytes) -> tuple[Head, bytes] | None:
         """Take what was received; return it at once if it is one request whose head is known."""
         end = data.find(b"\r\n\r\n") + 4
-        head = None if self.buffer or self.stage != "idle" else HEADS.get(data[:end])
+        head = None if self.buffer or self.stage != "idle" else HEADS.get(data[:end])  # if empty
         if head and head.length == len(data) - end <= self._body_max:
             self.head = head
             return head, data[end:]
@@ -1094,7 +1093,8 @@ class RequestReader:
             length = head.length or 0
             refuse_if(length > self._body_max, 413, "the body is over MAX_MESSAGE_BYTES")
             self.stage = "body"
-            self.wants_continue = head.expects and head.length != 0 and len(self.buffer) == end
+            waits = len(self.buffer) == end and head.length != 0 and not head.is_old
+            self.wants_continue = waits and bool(head.members("expect"))  # RFC 9110 section 10.1.1
             while len(self.buffer) < end + length:
                 yield None
             body = bytes(self.buffer[end : end + length])
@@ -1139,7 +1139,6 @@ class RequestReader:
         refuse_if(expected - {"100-continue"}, 417, "an expectation other than 100-continue")
         refuse_if(set(head.members("content-encoding")) - {"identity"}, 415, "a compressed body")
         head.last = "close" in head.members("connection") or is_old
-        head.expects = bool(expected)
         return head
 
     def _chunks(self) -> Generator[Any, None, bytes]:
@@ -1193,8 +1192,8 @@ def _render(status: int, headers: Any, length: int, last: bool, now_s: int) -> b
 class HTTPConnection:
     """One client's connection, from its first byte until it closes or turns into a subscriber."""
 
-    def __init__(self, daemon: Any, router: Any, transport: Transport) -> None:
-        self._daemon, self._router = daemon, router
+    def __init__(self, daemon: Any, transport: Transport) -> None:
+        self._daemon, self._router = daemon, daemon.router
         self.transport, self.peer, transport.protocol = transport, address(transport.peer), self
         self._reader = RequestReader(daemon.settings.max_message_bytes)
         self._closing = self._ended = self._owed = False  # last answer sent; no more asked; one due
@@ -1208,7 +1207,7 @@ class HTTPConnection:
             self.go_on(self._reader.feed(data))
         elif not self._closing:
             self._reader.buffer += data
-            self._daemon.later(self.go_on, self.transport)
+            self.transport.later(self.go_on)
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -1243,7 +1242,7 @@ class HTTPConnection:
             if request := request or next(self._reader.requests):
                 self._handle(request)
             elif request is False:
-                self._daemon.later(self.go_on, self.transport)
+                self.transport.later(self.go_on)
             elif self._ended:
                 refuse_if(not self._reader.empty, 400, "the request ended early")
                 self._close()
@@ -1289,7 +1288,7 @@ class HTTPConnection:
         if last:
             self._close()
         elif self._ended or not (self._reader.empty and self.transport.watched & READ):
-            self._daemon.later(self.go_on, self.transport)  # its next request
+            self.transport.later(self.go_on)  # its next request
 
     def _close(self) -> None:
         # A close with bytes unread would reset it, and lose the answer: they are dropped a while.
@@ -1636,12 +1635,11 @@ class Daemon:
         self.settings = replace(settings, max_connections=settings.max_connections or allowed)
         bounds = settings.history_size, settings.history_seconds, settings.history_bytes
         self.sockets, batch_max = Sockets(), min(BATCH_MAX, settings.max_buffer_bytes // 8)
-        self.later = self.sockets.later
         self.hub = Hub(History(*bounds), batch_max, self.sockets.call_soon)
         self.clients: set[HTTPConnection] = set()  # that may send requests
         self.beats: OrderedDict[Subscriber, float] = OrderedDict()  # and when each is due
         self.counts = defaultdict[str, Counter[Any]](Counter)  # by what, and by label
-        self._router, self._stop = Router(self), asyncio.Event()
+        self.router, self._stop = Router(self), asyncio.Event()
         self._tls = self._load_certificate()
 
     def refused(self, peer: str, op: str, refusal: Refusal) -> None:
@@ -1698,7 +1696,7 @@ class Daemon:
         try:
             keys = load_keys(self.settings)
             self._tls = self._load_certificate()  # for those that come from now on
-            self.verifier.replace_keys(keys)
+            self.verifier = TokenVerifier(keys)  # which remembers nothing of the old ones
             log.info("reloaded keys=%d", len(keys))
         except SettingsError as exc:
             log.error("reload failed, the old keys stay: %s", exc)
@@ -1713,14 +1711,14 @@ class Daemon:
         where: list[Any] = [{"sock": each} for each in activated_sockets(self._environment)]
         if not where and self.settings.host.startswith("unix:"):
             where = [{"unix": True, "path": self.settings.host.removeprefix("unix:")}]
-            with socket.socket(socket.AF_UNIX) as client:  # asyncio removes one that nobody serves
+            nobody = contextlib.suppress(ConnectionRefusedError, FileNotFoundError)
+            with nobody, socket.socket(socket.AF_UNIX) as client:  # asyncio removes what is left
                 client.setblocking(False)
-                error = client.connect_ex(where[0]["path"]) or errno.EADDRINUSE
-            if error not in (errno.ECONNREFUSED, errno.ENOENT):
-                raise OSError(error, os.strerror(error))
+                client.connect(where[0]["path"])
+                raise OSError("Address already in use")
         where = where or [{"host": self.settings.host, "port": self.settings.port}]
         # Neither is called: HTTPConnection asks the router itself, and no connection needs a task.
-        how: Any = {"handler": None, "process_request": self._router.process_request}
+        how: Any = {"handler": None, "process_request": self.router.process_request}
         how["start_serving"] = False  # it only binds; _accept serves
         servers = [await websockets.asyncio.server.serve(**each, **how) for each in where]
         if "path" in where[0]:
@@ -1739,8 +1737,7 @@ class Daemon:
             for _ in range(ACCEPT_MAX):
                 client, peer = listener.accept()
                 with contextlib.suppress(OSError):  # it is gone again
-                    transport = Transport(client, peer, self.sockets, self._tls)
-                    HTTPConnection(self, self._router, transport)
+                    HTTPConnection(self, Transport(client, peer, self.sockets, self._tls))
         except OSError as exc:
             if not isinstance(exc, BlockingIOError | ConnectionError):  # else nobody waits any more
                 log.error("cannot accept: %s", exc.strerror)
@@ -1775,7 +1772,7 @@ class Daemon:
         loop, subscribers = asyncio.get_running_loop(), list(self.beats)
         deadline = loop.time() + self.settings.stop_timeout
         log.info("stopping connections=%d", self.connected())
-        self._router.stopping = True
+        self.router.stopping = True
         for server in servers:
             server.close(close_connections=False)
         for listener in self._listeners:
@@ -1948,8 +1945,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     epilog = "Settings, from the environment:"
-    for name, about in ((each.name.upper(), each.metadata) for each in fields(Settings)):
-        epilog += f"\n  {name} ({about['default'] or 'unset'})\n      {about['meaning']}"
+    for name, one in ((each.name.upper(), each) for each in fields(Settings)):
+        epilog += f"\n  {name} ({one.default or 'unset'})\n      {one.metadata['meaning']}"
     parser = argparse.ArgumentParser("notiflux.py", description=__doc__, epilog=epilog)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(command=lambda options: _run(_settings()))
