@@ -564,11 +564,10 @@ class Sockets(selectors.EpollSelector):
     def __init__(self) -> None:
         super().__init__()  # for what is asyncio's own; all clients are in one of ours
         self.epoll, self.ready = select.epoll(), dict[int, Callable[[int], None]]()  # by descriptor
-        self.steps, self._soon = OrderedDict[Any, None](), deque[Callable[[], None]]()
-        # Call it when nobody is ready any more, or the turn is over: so much comes as a batch.
-        self.call_soon = self._soon.append
-        # Run this step once, behind those that wait; if it fails, that transport is aborted.
-        self.later: Callable[..., Any] = self.steps.setdefault
+        self.steps, self._soon = OrderedDict[Any, Any](), deque[Callable[[], None]]()
+        # When nobody is ready any more, or the turn is over: so much comes as a batch. And a step,
+        # once, behind those that wait, with the transport that is aborted if it fails.
+        self.call_soon, self.later = self._soon.append, self.steps.setdefault
         self._naps, self._others = 0, list[int]()  # short waits to come; asyncio's are ready
         self.ready[self.fileno()] = self._others.append
         self.epoll.register(self.fileno(), READ)
@@ -578,7 +577,7 @@ class Sockets(selectors.EpollSelector):
         self._others.clear()
         if self._naps and (timeout is None or timeout > NAP_S):
             timeout, self._naps = NAP_S, self._naps - 1
-        owner = None
+        owner, until_s = None, 0.0
         try:
             found = self.epoll.poll(0 if self.steps or self._soon else timeout, READY_MAX)
             until_s = time.perf_counter() + TURN_S
@@ -598,12 +597,18 @@ class Sockets(selectors.EpollSelector):
                     self._naps = NAPS
                 if is_over or time.perf_counter() > until_s:
                     break
+                found = self.epoll.poll(0, READY_MAX)
         except Exception as exc:  # of one client's turn: the others have theirs, as in asyncio
             if owner:
                 owner.abort()
             about = {"message": "failed: the turn of a client", "exception": exc}
             asyncio.get_running_loop().call_exception_handler(about)
-        return super().select(0) if self._others else []
+        # Behind each full turn, too, since it is one among many that wait for theirs in ours.
+        return super().select(0) if self._others or time.perf_counter() > until_s else []
+
+    def close(self) -> None:
+        self.epoll.close()
+        super().close()
 
 
 class Transport:
@@ -620,8 +625,8 @@ class Transport:
         self.protocol: Any = None  # with data_received, eof_received, go_on, connection_lost
         self._gone = self.paused = False
         self._then: Callable[[], None] | None = None  # what comes when nothing is unsent
+        self.read(True)  # which may fail
         sockets.ready[self.fd] = self._ready
-        self.read(True)
 
     def read(self, on: bool) -> None:
         """Read on, or nothing until then."""

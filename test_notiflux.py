@@ -2188,6 +2188,27 @@ def test_a_turn_serves_some_sockets_and_all_have_theirs(monkeypatch):
     assert len({one for turn in turns for one in turn}) == 3 * notiflux.READY_MAX
 
 
+def test_signals_and_new_connections_do_not_wait_for_all_who_are_busy(monkeypatch):
+    """I6: what is asyncio's own has its turn after each turn of the clients, however many."""
+    monkeypatch.setattr(notiflux, "TURN_S", 0)
+
+    async def act(sockets):
+        turns, loop = [], asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            for _ in range(20 * notiflux.READY_MAX):
+                ours, theirs = map(stack.enter_context, socket.socketpair())
+                theirs.send(b"x")  # and nobody reads it
+                sockets.ready[ours.fileno()] = lambda _: None
+                sockets.epoll.register(ours.fileno(), notiflux.READ)
+            loop.add_reader(ours, turns.append, None)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            loop.remove_reader(ours)
+        return len(turns)
+
+    assert in_a_loop(act) >= 19
+
+
 def test_what_one_asks_for_comes_when_nobody_is_ready_any_more(caplog):
     """So that all that was sent meanwhile is one batch; and one that fails puts nothing off."""
 
@@ -5644,13 +5665,11 @@ def test_little_memory_is_no_half_dead_daemon(running):
 def test_a_start_that_fails_leaves_no_descriptor(server):
     """P09: neither a taken port, nor a bad path."""
     key = {"JWT_PUBLIC_KEY_B64": b64(public_pem(KEY))}
-    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for changes in ({"PORT": str(server.port)}, {"HOST": "unix:/nowhere/at/all"}) * 5:
         with pytest.raises(notiflux.CommandError):
             settings = notiflux.Settings.from_environment(key | changes)
             run_daemon(settings)
-    gc.collect()  # or they would go with the process
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -7007,6 +7026,7 @@ def test_every_function_of_another_room_has_a_docstring():
             "sent",
             "done",  # inside of others
             "select",
+            "close",
             "emit",
             "data_received",
             "connection_lost",
