@@ -565,8 +565,7 @@ class Sockets(selectors.EpollSelector):
         super().__init__()  # for what is asyncio's own; all clients are in one of ours
         self.epoll, self.ready = select.epoll(), dict[int, Callable[[int], None]]()  # by descriptor
         self.steps, self._soon = OrderedDict[Any, Any](), deque[Callable[[], None]]()
-        # When nobody is ready any more, or the turn is over: so much comes as a batch. And a step,
-        # once, behind those that wait, with the transport that is aborted if it fails.
+        # For when nobody is ready any more; a step, once, and whom to abort if it fails.
         self.call_soon, self.later = self._soon.append, self.steps.setdefault
         self._naps, self._others = 0, list[int]()  # short waits to come; asyncio's are ready
         self.ready[self.fileno()] = self._others.append
@@ -638,11 +637,12 @@ class Transport:
         self._sockets.later(step, self)
 
     def _watch(self, events: int) -> None:
-        old, self.watched = self.watched, 0 if self._gone else events
-        if old and not self.watched:  # or a dead one would be ready all the time
+        old, new = self.watched, 0 if self._gone else events
+        if old and not new:  # or a dead one would be ready all the time
             self._epoll.unregister(self.fd)
-        elif old != self.watched:
-            (self._epoll.modify if old else self._epoll.register)(self.fd, self.watched)
+        elif old != new:
+            (self._epoll.modify if old else self._epoll.register)(self.fd, new)
+        self.watched = new  # if it has not failed
 
     def _ready(self, events: int) -> None:
         if self.watched & WRITE and events != READ:

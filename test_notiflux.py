@@ -18,6 +18,7 @@ import asyncio
 import base64
 import contextlib
 import datetime
+import errno
 import fcntl
 import gc
 import hmac
@@ -4247,6 +4248,33 @@ def test_a_step_that_fails_leaves_the_others_to_be_done(server, caplog):
         assert client.recv(1) == b""
         assert server.publish().status == 200 and other.recv(timeout=WAIT_S)
     assert caplog.text.count("ZeroDivisionError") == 2
+    caplog.clear()
+
+
+@pytest.mark.parametrize("where", ["in its turn", "in a step"])
+def test_a_connection_that_cannot_be_watched_any_more_ends_alone(where, server, caplog):
+    """P17, I5: the kernel refuses to watch it (ENOSPC); others are served, and nothing stays."""
+
+    def refuse(*both):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with server.connect() as client, server.connect() as other:
+        wait_for(lambda: len(everyone(server.daemon)) == 2)
+        (transport,) = (
+            connection.transport
+            for connection in everyone(server.daemon)
+            if connection.transport.peer == client.getsockname()
+        )
+        if where == "in its turn":
+            again = lambda data: (transport.read(False), transport.read(True))
+            transport.protocol.data_received = again
+        epoll = transport._epoll
+        transport._epoll = types.SimpleNamespace(register=refuse, unregister=epoll.unregister)
+        client.sendall(get("/nowhere") * 3)  # the second and the third one have steps
+        receive_all(client)
+        other.sendall(get())
+        assert read_head(other).startswith(b"HTTP/1.1 200 ")
+    server.check_empty()
     caplog.clear()
 
 
