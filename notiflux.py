@@ -600,8 +600,8 @@ class Sockets(selectors.EpollSelector):
         except Exception as exc:  # of one client's turn: the others have theirs, as in asyncio
             if owner:
                 owner.abort()
-            about = {"message": "failed: the turn of a client", "exception": exc}
-            asyncio.get_running_loop().call_exception_handler(about)
+            loop = asyncio.get_running_loop()
+            loop.call_exception_handler({"message": "failed: a client's turn", "exception": exc})
         # Behind each full turn, too, since it is one among many that wait for theirs in ours.
         return super().select(0) if self._others or time.perf_counter() > until_s else []
 

@@ -5347,6 +5347,29 @@ def test_what_a_connection_held_is_freed_when_it_goes(server):
         gc.enable()
 
 
+def test_what_a_turn_that_failed_held_is_freed_at_once(start):
+    """P17: or all of its bodies would stay, where memory is what has just run out."""
+    server, failed = start(), []
+    server.loop.set_exception_handler(lambda _, about: failed.append(str(about["exception"])))
+    gc.collect()
+    gc.disable()
+    try:
+        with server.connect() as client:
+            wait_for(lambda: everyone(server.daemon))
+            (connection,) = server.call(everyone, server.daemon)
+            connection._reader.feed = lambda data: 1 / 0
+            held = weakref.ref(connection)
+            del connection
+            client.sendall(b"x")
+            with contextlib.suppress(ConnectionResetError):
+                receive_all(client)
+        server.check_empty()
+        server.exchange(get("/nowhere"))
+        assert failed == ["division by zero"] and held() is None
+    finally:
+        gc.enable()
+
+
 def test_a_body_that_is_dropped_is_not_held(server):
     """I5, H34: of a connection that lingers behind its last answer nothing but a descriptor stays."""
     with server.connect() as client:
