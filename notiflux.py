@@ -332,11 +332,10 @@ class TokenVerifier:
     def verify(self, token: str) -> Claims:
         """Return the claims of a good token. Raises Refusal (401) with the check it fails."""
         claims, now = self._claims(token), self._clock()
-        if claims.nbf - LEEWAY_S <= now < min(claims.exp + LEEWAY_S, claims.expire_at):
-            return claims
-        refuse_if(now < claims.nbf - LEEWAY_S, 401, "the token is not valid yet")
         refuse_if(now >= claims.exp + LEEWAY_S, 401, "the token has expired")
-        raise Refusal(401, "the token's expire_at has passed")
+        refuse_if(now < claims.nbf - LEEWAY_S, 401, "the token is not valid yet")
+        refuse_if(now >= claims.expire_at, 401, "the token's expire_at has passed")
+        return claims
 
 
 # --- Messages: what is sent, and what is held of it. No sockets, no tokens. ---
@@ -347,8 +346,7 @@ SINCE = re.compile(r"latest|all|[0-9a-f]{1,32}-[0-9]{1,19}")
 
 def check_topics(topics: list[str], limit: int = 1) -> list[str]:
     """Return each topic once. Raises Refusal for a bad one, for none, and for more than `limit`."""
-    if not 1 <= len(topics) <= limit:
-        raise Refusal(400, f"at least one topic, and at most {limit}")
+    refuse_if(not 1 <= len(topics) <= limit, 400, f"at least one topic, and at most {limit}")
     for topic in topics:
         if not (0 < len(topic) <= TOPIC_MAX and topic.isascii() and topic.isprintable()):
             refuse_if(not 1 <= len(topic.encode()) <= TOPIC_MAX, 400, "a topic has 1 to 512 bytes")
@@ -565,7 +563,8 @@ class Sockets(selectors.EpollSelector):
         super().__init__()  # for what is asyncio's own; all clients are in one of ours
         self.epoll, self.ready = select.epoll(), dict[int, Callable[[int], None]]()  # by descriptor
         self.steps, self._soon = OrderedDict[Any, Any](), deque[Callable[[], None]]()
-        # For when nobody is ready any more; a step, once, and whom to abort if it fails.
+        # call_soon: when nobody is ready any more. later: a step, once, and its transport, which is
+        # aborted if the step fails.
         self.call_soon, self.later = self._soon.append, self.steps.setdefault
         self._naps, self._others = 0, list[int]()  # short waits to come; asyncio's are ready
         self.ready[self.fileno()] = self._others.append
@@ -1076,7 +1075,7 @@ class RequestReader:
     def feed(self, data: bytes) -> tuple[Head, bytes] | None:
         """Take what was received; return it at once if it is one request whose head is known."""
         end = data.find(b"\r\n\r\n") + 4
-        head = None if self.buffer or self.stage != "idle" else HEADS.get(data[:end])  # if empty
+        head = HEADS.get(data[:end]) if self.empty else None
         if head and head.length == len(data) - end <= self._body_max:
             self.head = head
             return head, data[end:]
@@ -1792,7 +1791,7 @@ class Daemon:
             self._sweep()
         log.info("stopped connections_cut=%d", self.connected())
         self.stop()  # once more: cut whoever is left
-        while self.sockets.steps:  # in which they go
+        while self.sockets.steps:  # until all are closed
             await asyncio.sleep(0)
 
 
